@@ -1,0 +1,217 @@
+"""Scalar codebooks that minimise the mean squared error for the coordinate law.
+
+``lloyd_max`` solves the Lloyd-Max conditions with Newton's method on the centroid equations; every
+conditional mean is closed. With ``grid=...`` the centroids are confined to a scaled set of numbers
+that tensor cores multiply (see :mod:`tq_core.grid`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import linalg
+
+from tq_core import grid as _grid
+from tq_core.distribution import CoordinateLaw, coordinate_law
+from tq_core.errors import ConvergenceError, TQError
+
+__all__ = ["Codebook", "GridName", "gaussian_codebook", "lloyd_max"]
+
+Float = NDArray[np.float64]
+GridName = Literal["int7", "int8", "e4m3"]
+
+_RESIDUAL = 1e-11  # stationarity, in standard deviations
+_ITERATIONS = 100
+
+
+@dataclass(frozen=True, eq=False)
+class Codebook:
+    """A symmetric scalar codebook for the coordinates of a unit vector.
+
+    Attributes
+    ----------
+    dim : int or None
+        Dimension of the vectors; ``None`` for the Gaussian limit (unit variance).
+    bits : int
+        Bits a coordinate.
+    grid : {None, "int7", "int8", "e4m3"}
+        Set of numbers that the centroids are confined to.
+    centroids : float64 array [2**bits]
+        Ascending reconstruction values.
+    boundaries : float64 array [2**bits - 1]
+        Midpoints of neighbouring centroids. A value on a boundary belongs to the upper cell.
+    mse : float
+        Mean squared error of a unit vector: ``dim`` times that of a coordinate.
+    entropy : float
+        Entropy of the codes in bits.
+    converged : bool
+        Always true: a solver that does not converge raises.
+    levels : int64 array [2**bits] or None
+        Integer levels on the grids "int7" (``step * (level - 63.5)``) and "int8"
+        (``step * (level - 127.5)``).
+    step : float or None
+        Scale of the grid, with 16 significant bits, so that centroids and boundaries on the
+        integer grids are exact in float32.
+    """
+
+    dim: int | None
+    bits: int
+    grid: GridName | None
+    centroids: Float
+    boundaries: Float
+    mse: float
+    entropy: float
+    converged: bool
+    levels: NDArray[np.int64] | None = None
+    step: float | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of centroids."""
+        return len(self.centroids)
+
+    def encode(self, y: ArrayLike) -> NDArray[np.uint8]:
+        """Codes (uint8) of coordinates ``y`` of unit vectors, same shape."""
+        y = np.asarray(y, dtype=np.float64)
+        codes = np.searchsorted(self.boundaries, y.ravel(), side="right")
+        return codes.astype(np.uint8).reshape(y.shape)
+
+    def decode(self, codes: ArrayLike) -> Float:
+        """Centroids (float64) of ``codes``, same shape."""
+        return np.asarray(self.centroids[np.asarray(codes)], dtype=np.float64)
+
+
+def _check(dim: float | None, bits: int) -> int | None:
+    if isinstance(bits, bool) or int(bits) != bits or not 1 <= bits <= 8:
+        raise TQError(f"bits={bits}: a codebook has 1 to 8 bits; choose an integer in that range")
+    if dim is None or dim == math.inf:
+        return None
+    if int(dim) != dim or dim < 2:
+        raise TQError(f"dim={dim}: needs an integer >= 2, or None for the Gaussian limit")
+    return int(dim)
+
+
+def _newton(law: CoordinateLaw, bits: int) -> Float:
+    """Positive half of the Lloyd-Max centroids, ascending."""
+    n = 2 ** (bits - 1)
+    sigma = math.sqrt(law.variance)
+
+    def residual(c: Float) -> tuple[Float, Float, Float, Float]:
+        edges = np.concatenate([[0.0], 0.5 * (c[1:] + c[:-1]), [law.upper]])
+        mass = law.mass(edges[:-1], edges[1:])
+        mean = law.first_moment(edges[:-1], edges[1:]) / mass
+        return c - mean, edges, mass, mean
+
+    c = law.companding().ppf(0.5 + (np.arange(n) + 0.5) / (2 * n))
+    for _ in range(3):
+        c = c - residual(c)[0]
+    for _ in range(_ITERATIONS):
+        f, edges, mass, mean = residual(c)
+        error = float(np.max(np.abs(f)))
+        if error <= _RESIDUAL * sigma:
+            return mean
+        density = law.pdf(edges[1:-1])
+        up = density * (edges[1:-1] - mean[:-1]) / mass[:-1]
+        down = density * (mean[1:] - edges[1:-1]) / mass[1:]
+        bands = np.zeros((3, n))
+        bands[1] = 1.0
+        bands[1, :-1] -= 0.5 * up
+        bands[1, 1:] -= 0.5 * down
+        bands[0, 1:] = -0.5 * up
+        bands[2, :-1] = -0.5 * down
+        delta: Any = linalg.solve_banded((1, 1), bands, f)
+        for halving in range(30):
+            trial = c - delta * 0.5**halving
+            ordered = trial[0] > 0 and bool(np.all(np.diff(trial) > 0)) and trial[-1] < law.upper
+            if ordered and float(np.max(np.abs(residual(trial)[0]))) < error:
+                c = trial
+                break
+        else:
+            c = mean  # a plain Lloyd step never increases the error
+    raise ConvergenceError(
+        f"Lloyd-Max for {law} at {bits} bits: stationarity residual {error / sigma:.1e} standard "
+        f"deviations after {_ITERATIONS} iterations, the limit is {_RESIDUAL:.0e}; report this"
+    )
+
+
+def _build(
+    dim: int | None,
+    bits: int,
+    grid: GridName | None,
+    half: Float,
+    step: float | None,
+    levels: NDArray[np.int64] | None,
+) -> Codebook:
+    law = coordinate_law(dim)
+    centroids = np.concatenate([-half[::-1], half])
+    boundaries = 0.5 * (centroids[1:] + centroids[:-1])
+    edges = np.concatenate([[0.0], boundaries[len(half) :], [law.upper]])
+    mass = law.mass(edges[:-1], edges[1:])
+    first = law.first_moment(edges[:-1], edges[1:])
+    second = law.second_moment(edges[:-1], edges[1:])
+    mse = 2.0 * float(np.sum(second - 2.0 * half * first + half * half * mass)) / law.variance
+    entropy = -2.0 * float(np.sum(mass * np.log2(mass)))
+    for array in (centroids, boundaries, levels):
+        if array is not None:
+            array.setflags(write=False)
+    return Codebook(
+        dim, bits, grid, centroids, boundaries, mse, entropy, True, levels=levels, step=step
+    )
+
+
+@lru_cache(maxsize=256)
+def _cached(dim: int | None, bits: int, grid: GridName | None) -> Codebook:
+    law = coordinate_law(dim)
+    if grid is None:
+        return _build(dim, bits, None, _newton(law, bits), None, None)
+    step, half_values, levels = _grid.optimise(law, bits, grid)
+    return _build(dim, bits, grid, step * half_values, step, levels)
+
+
+def lloyd_max(dim: float | None, bits: int, grid: GridName | None = None) -> Codebook:
+    """Codebook of least mean squared error for one coordinate of a random unit vector.
+
+    Parameters
+    ----------
+    dim : int or None
+        Dimension of the vectors, at least 2; ``None`` or infinity for the Gaussian limit.
+    bits : int
+        1 to 8.
+    grid : {None, "int7", "int8", "e4m3"}
+        ``None`` leaves the centroids free. "int7" confines them to ``step * (level - 63.5)`` with
+        levels 0..127, "int8" to ``step * (level - 127.5)`` with levels 0..255, "e4m3" to ``step``
+        times a number of the 8-bit float format.
+
+    Returns
+    -------
+    Codebook
+        Cached; its arrays are read-only.
+
+    Raises
+    ------
+    TQError
+        If an argument is out of range.
+    ConvergenceError
+        If the solver does not converge.
+
+    Examples
+    --------
+    >>> lloyd_max(None, 2).centroids.round(6).tolist()
+    [-1.510418, -0.45278, 0.45278, 1.510418]
+    >>> round(lloyd_max(128, 4).mse, 6)
+    0.009315
+    """
+    checked = _check(dim, bits)
+    if grid is not None and grid not in _grid.GRIDS:
+        raise TQError(f"grid={grid!r}: choose None or one of {', '.join(map(repr, _grid.GRIDS))}")
+    return _cached(checked, int(bits), grid)
+
+
+def gaussian_codebook(bits: int, grid: GridName | None = None) -> Codebook:
+    """Codebook of the standard normal law; same as ``lloyd_max(None, bits, grid)``."""
+    return lloyd_max(None, bits, grid)
