@@ -32,7 +32,7 @@ _TIE = 1e-9  # relative difference in MSE below which two choices count as equal
 def half_values(grid: str) -> Float:
     """Positive numbers of the grid, ascending, in units of the step."""
     if grid in _OFFSET:
-        return np.arange(_OFFSET[grid]) + 0.5
+        return np.arange(_OFFSET[grid], dtype=np.float64) + np.float64(0.5)
     # e4m3: subnormals m/8 * 2^-6, normals (1 + m/8) * 2^e. The scale is fixed by keeping all
     # values below 256, one binade under the largest.
     mantissa = np.arange(8) / 8

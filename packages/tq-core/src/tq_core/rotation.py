@@ -173,11 +173,22 @@ def hadamard_transform(x: Float) -> None:
     x *= math.sqrt(1.0 / n)
 
 
+def _cross_halves(x: Float) -> None:
+    """Butterfly of the first and the last ``floor(d/2)`` coordinates, orthonormal, in place."""
+    half = x.shape[-1] // 2
+    first, last = x[..., :half], x[..., x.shape[-1] - half :]
+    total, difference = first + last, first - last
+    root = math.sqrt(0.5)
+    x[..., :half] = total * root
+    x[..., x.shape[-1] - half :] = difference * root
+
+
 class HadamardRotation(Rotation):
     """Rounds of random signs and Walsh-Hadamard transforms: O(dim log dim), any dim.
 
-    For a dim that is not a power of two each round transforms the first and then the last
-    ``2^floor(log2 dim)`` coordinates, so the map is orthogonal without padding.
+    For a dim that is not a power of two a round transforms the first ``2^floor(log2 dim)``
+    coordinates, then, with fresh signs, as many of the last, and mixes the two halves with one
+    butterfly. So the map is orthogonal without padding.
 
     Parameters
     ----------
@@ -187,7 +198,8 @@ class HadamardRotation(Rotation):
         0 to 2**64 - 1.
     rounds : int
         At least 1. One round is not enough for sparse inputs: a one-hot vector then has twice the
-        error of a Haar rotation at 2 bits. Three rounds are.
+        error of a Haar rotation at 2 bits. With three the error is that of Haar within 2 % for
+        dims of 96 and more at up to 3 bits; small dims keep a larger excess.
 
     Examples
     --------
@@ -202,46 +214,59 @@ class HadamardRotation(Rotation):
         if isinstance(rounds, bool) or int(rounds) != rounds or rounds < 1:
             raise TQError(f"rounds={rounds}: needs an integer >= 1; 3 is the default")
         self.rounds = int(rounds)
-        self._signs = signs(self.seed, self.rounds * self.dim).reshape(self.rounds, self.dim)
-        self._signs.setflags(write=False)
         self._power = 1 << (self.dim.bit_length() - 1)
+        rows = self.rounds * (1 if self._power == self.dim else 2)
+        self._signs = signs(self.seed, rows * self.dim).reshape(rows, self.dim)
+        self._signs.setflags(write=False)
 
     @property
     def signs(self) -> Float:
-        """Signs ±1.0, float64 [rounds, dim]."""
+        """Signs ±1.0, float64 [rounds, dim]; [2 * rounds, dim] if dim is no power of two."""
         return self._signs
 
     @property
     def matrix(self) -> Float:
-        matrix = np.ascontiguousarray(self._apply(np.eye(self.dim)).T)
-        matrix.setflags(write=False)
-        return matrix
+        return _cached_hadamard(self.dim, self.seed, self.rounds)
 
-    def _transform(self, x: Float, part: slice) -> None:
-        view = np.ascontiguousarray(x[..., part])
-        hadamard_transform(view)
-        x[..., part] = view
+    def _transform(self, x: Float, last: bool) -> None:
+        if self._power == self.dim:
+            hadamard_transform(x)
+            return
+        part = slice(self.dim - self._power, self.dim) if last else slice(0, self._power)
+        block = np.ascontiguousarray(x[..., part])
+        hadamard_transform(block)
+        x[..., part] = block
 
     def _apply(self, x: Float) -> Float:
         y = np.array(x, dtype=np.float64, order="C")
-        for row in self._signs:
+        for n, row in enumerate(self._signs):
+            last = self._power < self.dim and n % 2 == 1
             y *= row
-            self._transform(y, slice(0, self._power))
-            if self._power < self.dim:
-                self._transform(y, slice(self.dim - self._power, self.dim))
+            self._transform(y, last)
+            if last:
+                _cross_halves(y)
         return y
 
     def _inverse(self, y: Float) -> Float:
         x = np.array(y, dtype=np.float64, order="C")
-        for row in self._signs[::-1]:
-            if self._power < self.dim:
-                self._transform(x, slice(self.dim - self._power, self.dim))
-            self._transform(x, slice(0, self._power))
-            x *= row
+        for n in reversed(range(len(self._signs))):
+            last = self._power < self.dim and n % 2 == 1
+            if last:
+                _cross_halves(x)
+            self._transform(x, last)
+            x *= self._signs[n]
         return x
 
     def __repr__(self) -> str:
         return f"HadamardRotation(dim={self.dim}, seed={self.seed}, rounds={self.rounds})"
+
+
+@lru_cache(maxsize=64)
+def _cached_hadamard(dim: int, seed: int, rounds: int) -> Float:
+    rotation = HadamardRotation(dim, seed, rounds)
+    matrix = np.ascontiguousarray(rotation.apply(np.eye(dim)).T)
+    matrix.setflags(write=False)
+    return matrix
 
 
 def make_rotation(kind: str | Rotation, dim: int, seed: int = 0, rounds: int = 3) -> Rotation:
