@@ -1,11 +1,11 @@
 """Write the test vectors of the format specification (``docs/format.md``).
 
-Usage: ``python tools/make_test_vectors.py [folder]``; the default folder is ``tests/vectors``. The files
-are part of the specification: they change only together with the version of the format.
+Usage: ``python tools/make_test_vectors.py [folder]``; the default folder is ``tests/vectors``. The
+files are part of the specification: they change only together with the version of the format.
 
 - ``codebooks.json``: ``step`` and ``level`` of every codebook of the page format.
 - ``rotations.json``: signs, matrix entries and SHA-256 of the float64 matrix bytes (row-major,
-  little-endian), and one input with its rotated output.
+  little-endian, negative zeros made positive), and one input with its rotated output.
 - ``packing.json``: codes and their dense packing, 1 to 8 bits.
 - ``pages.npz``: inputs, codes, scales and record bytes of whole pages, with ``pages.json`` naming
   the parameters of every case.
@@ -118,7 +118,7 @@ def rotations() -> list[dict[str, Any]]:
         entry |= {
             "corner": hexes(matrix[:count, :count]),
             "last_row": hexes(matrix[-1, :8]),
-            "sha256": hashlib.sha256(matrix.astype("<f8").tobytes()).hexdigest(),
+            "sha256": hashlib.sha256((matrix + 0.0).astype("<f8").tobytes()).hexdigest(),
             "x": x.astype(int).tolist(),
             "y": hexes(rotation.apply(x)),
         }
