@@ -169,7 +169,8 @@ def _cached(dim: int | None, bits: int, grid: GridName | None) -> Codebook:
     law = coordinate_law(dim)
     if grid is None:
         return _build(dim, bits, None, _newton(law, bits), None, None)
-    step, half_values, levels = _grid.optimise(law, bits, grid)
+    top = float(_cached(dim, bits, None).centroids[-1])
+    step, half_values, levels = _grid.optimise(law, bits, grid, top)
     return _build(dim, bits, grid, step * half_values, step, levels)
 
 

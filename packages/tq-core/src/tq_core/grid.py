@@ -25,6 +25,7 @@ GRIDS = ("int7", "int8", "e4m3")
 MAX_BITS = {"int7": 7, "int8": 8, "e4m3": 6}
 _OFFSET = {"int7": 64, "int8": 128}
 _STEP_BITS = 16  # significant bits of a step
+_SCAN = 384  # steps tried
 _TIE = 1e-9  # relative difference in MSE below which two choices count as equal
 
 
@@ -82,17 +83,31 @@ def _refine(law: CoordinateLaw, values: Float, step: float) -> float:
     return _round_step(root)
 
 
-def _choose(law: CoordinateLaw, values: Float, count: int, step: float) -> NDArray[np.int64]:
+@lru_cache(maxsize=3)
+def _pairs(grid: str) -> tuple[Float, NDArray[np.intp]]:
+    """Different midpoints of pairs of values, and the place of each pair among them."""
+    values = half_values(grid)
+    middles, where = np.unique(0.5 * (values[:, None] + values[None, :]), return_inverse=True)
+    return middles, where.reshape(len(values), len(values))
+
+
+@lru_cache(maxsize=3)
+def _order(n: int) -> Float:
+    """Infinite where the second of a pair is not the larger one."""
+    return np.asarray(np.where(np.tri(n, dtype=bool), np.inf, 0.0), dtype=np.float64)
+
+
+def _choose(law: CoordinateLaw, grid: str, count: int, step: float) -> NDArray[np.int64]:
     """Indices of the ``count`` numbers of least MSE at a fixed step (exact)."""
+    values = half_values(grid)
     n = len(values)
     c = step * values
-    middles, where = np.unique(0.5 * (c[:, None] + c[None, :]), return_inverse=True)
-    where = where.reshape(n, n)
-    mass = law.central_mass(middles)[where]
-    first = (law.tail_first(0.0) - law.tail_first(middles))[where]
+    middles, where = _pairs(grid)
+    mass = law.central_mass(step * middles)[where]
+    first = (law.tail_first(0.0) - law.tail_first(step * middles))[where]
     # Sum over cells of ∫(x - c)² telescopes into terms of neighbouring pairs.
     pair = 2.0 * (c[None, :] - c[:, None]) * first + (c[:, None] ** 2 - c[None, :] ** 2) * mass
-    pair[np.tril_indices(n)] = np.inf
+    pair += _order(n)
     last = 0.5 * c * c - 2.0 * c * float(law.tail_first(0.0))
     cost = np.zeros(n)
     trail: list[NDArray[np.int64]] = []
@@ -110,7 +125,7 @@ def _choose(law: CoordinateLaw, values: Float, count: int, step: float) -> NDArr
 
 
 def optimise(
-    law: CoordinateLaw, bits: int, grid: str
+    law: CoordinateLaw, bits: int, grid: str, top: float
 ) -> tuple[float, Float, NDArray[np.int64] | None]:
     """Step, positive grid numbers and (integer grids) levels of least MSE.
 
@@ -122,6 +137,8 @@ def optimise(
         Bits a coordinate.
     grid : {"int7", "int8", "e4m3"}
         Name of the set.
+    top : float
+        Largest centroid of the codebook without a grid.
 
     Returns
     -------
@@ -139,20 +156,19 @@ def optimise(
         )
     values = half_values(grid)
     count = 2 ** (bits - 1)
-    sigma = math.sqrt(law.variance)
-    # Largest useful centroid, in standard deviations.
-    top = float(law.companding().ppf(1 - 0.25 / count)) / sigma
     if count == len(values):
-        candidates = {tuple(range(count)): sigma * top / float(values[-1])}
+        candidates = {tuple(range(count)): top / float(values[-1])}
+    elif count == 1:
+        candidates = {(0,): top / float(values[0])}
     else:
         if grid == "e4m3":
             # All steps within a factor of two, so that every mantissa alignment is met once.
-            steps = sigma * top / 128.0 * 2.0 ** (-np.arange(64) / 64)
+            steps = top / 128.0 * 2.0 ** (-np.arange(_SCAN // 4) * 4 / _SCAN)
         else:
-            low = max(count, min(8, len(values)))
-            scan = np.arange(low, len(values) * 1.05, max(0.25, len(values) / 256))
-            steps = sigma * top / scan
-        candidates = {tuple(_choose(law, values, count, s).tolist()): float(s) for s in steps}
+            # From the coarsest grid that has enough levels to the finest that reaches the top.
+            finest = 1.1 * float(values[-1])
+            steps = top / np.geomspace(max(count / 2, 4.0), finest, _SCAN)
+        candidates = {tuple(_choose(law, grid, count, s).tolist()): float(s) for s in steps}
     found: list[tuple[float, int, float, tuple[int, ...]]] = []
     scored = sorted(
         (_mse(law, values[list(chosen)], step), step, chosen) for chosen, step in candidates.items()
