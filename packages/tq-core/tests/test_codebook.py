@@ -219,7 +219,7 @@ def test_e4m3_values_exist_in_the_format() -> None:
         book = lloyd_max(128, bits, "e4m3")
         assert book.levels is None and book.step is not None
         values = book.centroids / book.step
-        mantissa, exponent = np.frexp(np.abs(values))
+        _, exponent = np.frexp(np.abs(values))
         assert np.all(exponent <= 8) and np.all(np.abs(values) >= 2.0**-9)
         unit = 2.0 ** (np.maximum(exponent - 1, -6) - 3)
         np.testing.assert_array_equal(values / unit, np.round(values / unit))

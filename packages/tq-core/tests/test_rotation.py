@@ -7,8 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import linalg, stats
-from tq_core import HaarRotation, HadamardRotation, SphereCoordinate, TQError, lloyd_max
-from tq_core import make_rotation
+from tq_core import (
+    HaarRotation,
+    HadamardRotation,
+    SphereCoordinate,
+    TQError,
+    lloyd_max,
+    make_rotation,
+)
 from tq_core.rotation import Rotation
 from tq_core.splitmix import splitmix64, standard_normals
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -62,7 +64,7 @@ def pack_bits(codes: ArrayLike, bits: int) -> NDArray[np.uint8]:
             f"0 to {2**bits - 1}; use more bits"
         )
     count = array.shape[-1]
-    flat = array.reshape(-1, count).astype(np.uint8)
+    flat = array.reshape(math.prod(array.shape[:-1]), count).astype(np.uint8)
     out = np.empty((len(flat), packed_size(count, bits)), dtype=np.uint8)
     step = _rows(len(flat), count)
     for start in step:
@@ -99,9 +101,9 @@ def unpack_bits(data: ArrayLike, bits: int, count: int) -> NDArray[np.uint8]:
             f"data of dtype {array.dtype} and shape {array.shape}: {count} codes of {bits} bits "
             f"are uint8 with a last axis of {packed_size(count, bits)}"
         )
-    flat = array.reshape(-1, array.shape[-1]) if array.size else array.reshape(0, array.shape[-1])
     lead = array.shape[:-1]
-    out = np.empty((int(np.prod(lead)), count), dtype=np.uint8)
+    flat = array.reshape(math.prod(lead), array.shape[-1])
+    out = np.empty((len(flat), count), dtype=np.uint8)
     if out.size == 0:
         return out.reshape(*lead, count)
     step = _rows(len(flat), count)
