@@ -245,16 +245,16 @@ def sparse_error(dim: int, bits: int, kind: str, rounds: int, seeds: int) -> flo
 
 
 @pytest.mark.parametrize("kind", ["one-hot", "two-hot"])
-@pytest.mark.parametrize("dim", [80, 96, 112, 128, 192])
+@pytest.mark.parametrize("dim", [64, 80, 96, 112, 128, 192])
 def test_three_rounds_match_haar_on_sparse_inputs(dim: int, kind: str) -> None:
     """120 rotations of all inputs: the standard error of the ratio is at most 0.4 %.
 
-    The excess over a Haar rotation stays within 2 %. The exception is 4 bits at powers of two,
-    where two-hot inputs keep 3 % at dim 128.
+    The excess over a Haar rotation stays within 2 %. The exceptions are two-hot inputs at powers
+    of two: 3 % at dim 128 and 4 bits, 8 % (2.5 %) at dim 64 and 4 (3) bits.
     """
     for bits in (1, 2, 3, 4):
         ratio = sparse_error(dim, bits, kind, 3, 120) / lloyd_max(dim, bits).mse
-        limit = 0.05 if dim == 128 and bits == 4 else 0.02
+        limit = {(64, 3): 0.04, (64, 4): 0.1, (128, 4): 0.05}.get((dim, bits), 0.02)
         assert abs(ratio - 1) < limit, (bits, ratio)
 
 

@@ -5,6 +5,7 @@ A record holds the codes and scales of ``page_size`` tokens of one KV head witho
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,9 +14,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from tq_core.codebook import Codebook, lloyd_max
 from tq_core.errors import TQError
-from tq_core.inputs import as_vectors, normalise
+from tq_core.inputs import as_vectors
+from tq_core.quantizer import chunks, encode_rows
 from tq_core.rotation import HadamardRotation, Rotation
-from tq_core.scale import check_scale, round_scales, vector_scales
+from tq_core.scale import check_scale, round_scales
 
 __all__ = [
     "PAGE_BITS",
@@ -359,13 +361,16 @@ def page_codebook(head_dim: int, bits: int) -> Codebook:
 def _quantize(
     x: ArrayLike, name: str, rotation: Rotation, codebook: Codebook, scale: str
 ) -> tuple[Bytes, NDArray[np.floating]]:
-    scaled, exponent = normalise(as_vectors(x, rotation.dim, name))
-    norm = np.sqrt(np.einsum("...i,...i->...", scaled, scaled))
-    y = rotation.apply(scaled)
-    codes = codebook.encode(y / np.where(norm == 0.0, 1.0, norm)[..., None])
-    scales = np.ldexp(vector_scales(y, codebook.decode(codes), norm, scale), exponent)
-    return codes, round_scales(
-        scales, np.dtype(np.float16), f"divide {name} by a constant and fold it into the weights"
+    array = as_vectors(x, rotation.dim, name)
+    lead = array.shape[:-1]
+    rows = array.reshape(math.prod(lead), rotation.dim)
+    codes = np.empty(rows.shape, dtype=np.uint8)
+    scales = np.empty(len(rows))
+    for part in chunks(len(rows), rotation.dim):
+        codes[part], scales[part] = encode_rows(rows[part], rotation, codebook, scale)
+    remedy = f"divide {name} by a constant and fold it into the weights"
+    return codes.reshape(array.shape), round_scales(
+        scales.reshape(lead), np.dtype(np.float16), remedy
     )
 
 

@@ -35,10 +35,24 @@ _CHUNK = 1 << 18  # coordinates handled at once
 SCALE_REMEDY = "use scale_dtype='float64' or divide the input by a constant"
 
 
-def _chunks(rows: int, dim: int) -> Iterator[slice]:
+def chunks(rows: int, dim: int) -> Iterator[slice]:
+    """Slices of rows that keep temporary arrays small."""
     size = max(1, _CHUNK // dim)
     for start in range(0, rows, size):
         yield slice(start, min(rows, start + size))
+
+
+def encode_rows(
+    rows: NDArray[np.floating], rotation: Rotation, codebook: Codebook, scale: str
+) -> tuple[Bytes, Float]:
+    """Codes (uint8 [n, dim]) and float64 scales [n] of checked vectors [n, dim]."""
+    scaled, exponent = normalise(rows)
+    norm = np.sqrt(np.einsum("ij,ij->i", scaled, scaled))
+    y = rotation.apply(scaled)
+    codes = codebook.encode(y / np.where(norm == 0.0, 1.0, norm)[:, None])
+    scales = vector_scales(y, codebook.decode(codes), norm, scale)
+    with np.errstate(over="ignore"):
+        return codes, np.asarray(np.ldexp(scales, exponent), dtype=np.float64)
 
 
 def scale_dtype_for(x: NDArray[np.floating], dtype: DTypeLike | None) -> np.dtype[np.floating]:
@@ -168,16 +182,6 @@ class MSEQuantizer:
             f"scale={self.scale!r})"
         )
 
-    def _encode_rows(self, x: NDArray[np.floating]) -> tuple[Bytes, Float]:
-        """Codes and float64 scales of rows [n, dim]."""
-        scaled, exponent = normalise(x)
-        norm = np.sqrt(np.einsum("ij,ij->i", scaled, scaled))
-        y = self.rotation.apply(scaled)
-        codes = self.codebook.encode(y / np.where(norm == 0.0, 1.0, norm)[:, None])
-        scales = vector_scales(y, self.codebook.decode(codes), norm, self.scale)
-        with np.errstate(over="ignore"):
-            return codes, np.asarray(np.ldexp(scales, exponent), dtype=np.float64)
-
     def encode(self, x: ArrayLike) -> Encoded:
         """Encode vectors.
 
@@ -201,8 +205,8 @@ class MSEQuantizer:
         rows = array.reshape(math.prod(lead), self.dim)
         data = np.empty((len(rows), packed_size(self.dim, self.bits)), dtype=np.uint8)
         scales = np.empty(len(rows))
-        for part in _chunks(len(rows), self.dim):
-            codes, scales[part] = self._encode_rows(rows[part])
+        for part in chunks(len(rows), self.dim):
+            codes, scales[part] = encode_rows(rows[part], self.rotation, self.codebook, self.scale)
             data[part] = pack_bits(codes, self.bits)
         rounded = round_scales(
             scales.reshape(lead), scale_dtype_for(array, self.scale_dtype), SCALE_REMEDY
@@ -223,7 +227,7 @@ class MSEQuantizer:
         data = encoded.data.reshape(-1, encoded.data.shape[-1])
         scales = encoded.scales.reshape(-1).astype(np.float64)
         out = np.empty((len(scales), self.dim), dtype=dtype)
-        for part in _chunks(len(scales), self.dim):
+        for part in chunks(len(scales), self.dim):
             codes = unpack_bits(data[part], self.bits, self.dim)
             # Scaled after the rotation, so that no partial sum overflows.
             unit = self.rotation.inverse(self.codebook.decode(codes))
@@ -364,7 +368,7 @@ class InnerProductQuantizer:
         signs = np.empty((len(rows), packed_size(self.dim, 1)), dtype=np.uint8)
         norms = np.empty(len(rows))
         first = None if self.stage is None else self.stage.encode(rows)
-        for part in _chunks(len(rows), self.dim):
+        for part in chunks(len(rows), self.dim):
             residual = rows[part].astype(np.float64)
             if self.stage is not None and first is not None:
                 chunk = Encoded(first.data[part], first.scales[part], self.dim, self.bits - 1)
@@ -402,7 +406,7 @@ class InnerProductQuantizer:
         out = np.zeros((len(norms), self.dim), dtype=dtype)
         if self.stage is not None and encoded.mse is not None:
             out[:] = self.stage.decode(encoded.mse, dtype).reshape(out.shape)
-        for part in _chunks(len(norms), self.dim):
+        for part in chunks(len(norms), self.dim):
             sign = 2.0 * unpack_bits(signs[part], 1, self.dim) - 1.0
             sketch = (sign @ self.sketch_matrix) * self.constant
             out[part] += (sketch * norms[part, None]).astype(out.dtype)
