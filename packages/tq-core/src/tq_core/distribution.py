@@ -142,9 +142,12 @@ class SphereCoordinate(CoordinateLaw):
     def _power(self, x: ArrayLike, exponent: float) -> Float:
         """``(1 - x²)^exponent``, zero outside of the support."""
         x = np.clip(np.asarray(x, dtype=np.float64), -1.0, 1.0)
-        base = (1.0 - x) * (1.0 + x)
         with np.errstate(divide="ignore"):
-            return np.asarray(np.power(base, exponent), dtype=np.float64)
+            if self.dim < 100:
+                base = (1.0 - x) * (1.0 + x)
+                return np.asarray(np.power(base, exponent), dtype=np.float64)
+            # A large exponent would magnify the rounding of the base.
+            return np.asarray(np.exp(exponent * np.log1p(-x * x)), dtype=np.float64)
 
     def pdf(self, x: ArrayLike) -> Float:
         x = np.asarray(x, dtype=np.float64)
@@ -153,8 +156,10 @@ class SphereCoordinate(CoordinateLaw):
 
     def tail_mass(self, x: ArrayLike) -> Float:
         x = np.clip(np.asarray(x, dtype=np.float64), 0.0, 1.0)
-        beta: Any = special.betainc((self.dim - 1) / 2, 0.5, (1.0 - x) * (1.0 + x))
-        return np.asarray(0.5 * beta, dtype=np.float64)
+        alpha = (self.dim - 1) / 2
+        near: Any = special.betaincc(0.5, alpha, x * x)
+        far: Any = special.betainc(alpha, 0.5, (1.0 - x) * (1.0 + x))
+        return np.asarray(0.5 * np.where(x < 0.7, near, far), dtype=np.float64)
 
     def central_mass(self, x: ArrayLike) -> Float:
         x = np.clip(np.asarray(x, dtype=np.float64), 0.0, 1.0)
@@ -164,11 +169,13 @@ class SphereCoordinate(CoordinateLaw):
     def ppf(self, q: ArrayLike) -> Float:
         q = np.asarray(q, dtype=np.float64)
         alpha = (self.dim - 1) / 2
-        # Solved for |x| on the side of the smaller tail, where no digits are lost.
         tail = np.minimum(q, 1.0 - q)
-        far: Any = np.sqrt(1.0 - special.betaincinv(alpha, 0.5, 2.0 * tail))
-        near: Any = np.sqrt(special.betaincinv(0.5, alpha, np.clip(1.0 - 2.0 * tail, 0.0, 1.0)))
-        magnitude = np.where(tail < 0.25, far, near)
+        # x² from the central mass, from the tail, and 1 - x² near the ends: each without loss.
+        centre: Any = special.betaincinv(0.5, alpha, np.clip(1.0 - 2.0 * tail, 0.0, 1.0))
+        outer: Any = special.betainccinv(0.5, alpha, 2.0 * tail)
+        end: Any = 1.0 - special.betaincinv(alpha, 0.5, 2.0 * tail)
+        square = np.where(tail > 0.25, centre, np.where(outer < 0.5, outer, end))
+        magnitude = np.sqrt(square)
         return np.asarray(np.copysign(magnitude, q - 0.5), dtype=np.float64)
 
     def tail_first(self, x: ArrayLike) -> Float:
