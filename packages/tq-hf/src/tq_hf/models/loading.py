@@ -96,7 +96,6 @@ def load_model(
         bos_token="<|endoftext|>",
         eos_token="<|endoftext|>",
         pad_token="<|endoftext|>",
-        model_max_length=model.config.max_position_embeddings,
         clean_up_tokenization_spaces=False,
     )
     return model.to(device).eval(), tokenizer

@@ -214,9 +214,7 @@ def retrieval_tasks(
         values = [str(rng.integers(1000, 10000)) for _ in range(definitions)]
         if len(set(names)) < definitions or len(set(values)) < definitions:
             continue
-        lines = [
-            newline + encode(f"NAME_{n} = {v}\n") for n, v in zip(names, values, strict=True)
-        ]
+        lines = [newline + encode(f"NAME_{n} = {v}\n") for n, v in zip(names, values, strict=True)]
         question = newline + encode(f"assert NAME_{names[0]} == ")
         full = newline + encode(f"assert NAME_{names[0]} == {values[0]}\n")
         answer = full[len(question) :][: len(encode(values[0]))]
