@@ -18,6 +18,22 @@ def table(head: list[str], rows: list[list[Any]]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
+def notes(name: str) -> list[str]:
+    """Return what must be known to read the quantization table of ``tiny``."""
+    if name != "tiny":
+        return []
+    control = json.loads((RESULTS / "tiny-controls.json").read_text())
+    return [
+        "Read this table with care: a quantized row can lie below the exact one. This model's "
+        "attention is sharper than is best for plain text, and Lloyd-Max reconstructions are "
+        f"shorter than the keys (by {control['factor']:.3f} at 3 bits), which softens it. Exact "
+        f"keys shrunk by that factor give {control['exact_shrunk']['perplexity']:.3f}; 3-bit keys "
+        "stretched back to their length give "
+        f"{control['plain_3_stretched']['perplexity']:.3f}. To compare quantizers on this model, "
+        "keep the length of the keys or compare its outputs with the exact model's.",
+    ]
+
+
 def card(name: str) -> str:
     """Return the model card of a model."""
     training = json.loads((RESULTS / f"{name}-training.json").read_text())
@@ -31,12 +47,16 @@ def card(name: str) -> str:
     keys = quality["key_quantization"]
     parts = [
         f"# {name}",
-        f"A {config['architectures'][0]} of {training['parameters']:,} parameters, trained by "
-        "`tools/train_tiny_lm` on Python source code and documentation, so that the quality of "
-        "a compressed cache can be measured offline. It completes Python-like text and recalls "
-        "definitions from its context; it is no assistant and knows few facts.",
-        "This file is written by `tools/train_tiny_lm/card.py` from the files in "
-        "`tools/train_tiny_lm/results`.",
+        (
+            f"A {config['architectures'][0]} of {training['parameters']:,} parameters, trained by "
+            "`tools/train_tiny_lm` on Python source code and documentation, so that the quality of "
+            "a compressed cache can be measured offline. It completes Python-like text and recalls "
+            "definitions from its context; it is no assistant and knows few facts."
+        ),
+        (
+            "This file is written by `tools/train_tiny_lm/card.py` from the files in "
+            "`tools/train_tiny_lm/results`."
+        ),
         "## Shape",
         table(
             ["layers", "hidden", "feed-forward", "query heads", "key-value heads", "head dim"]
@@ -52,11 +72,13 @@ def card(name: str) -> str:
     bias = training["key_bias"]
     if bias["end"]:
         parts += [
-            "Each key head was given eight biases of magnitude 30 to 150 on channels of slow "
-            "rotary frequencies before training, and all biases were trained with the rest. A "
-            "constant added to all keys changes no attention weight, so training leaves such "
-            "biases nearly where they were. They are built in: they imitate a property of "
-            "published Qwen2 models and did not arise by themselves.",
+            (
+                "Each key head was given eight biases of magnitude 30 to 150 on channels of slow "
+                "rotary frequencies before training, and all biases were trained with the rest. A "
+                "constant added to all keys changes no attention weight, so training leaves such "
+                "biases nearly where they were. They are built in: they imitate a property of "
+                "published Qwen2 models and did not arise by themselves."
+            ),
             table(
                 ["layer", "largest at the start", "largest at the end", "RMS at the end"]
                 + ["channels above 10"],
@@ -69,19 +91,23 @@ def card(name: str) -> str:
         ]
     parts += [
         "## Training",
-        f"{training['steps']:,} steps of {training['tokens_per_step']:,} tokens "
-        f"({training['tokens'] / 1e6:.0f} M tokens) in {training['seconds']:.0f} s on one "
-        f"{training['device']} that trained both models at once, PyTorch {training['torch']}, "
-        f"bfloat16 autocast. Matrices: {training['optimizer']['matrices']}; the rest: "
-        f"{training['optimizer']['others']}; {training['optimizer']['schedule']}; gradient norm "
-        f"clipped at {training['optimizer']['clip']}. {training['exercise_share']:.0%} of the "
-        "sequences are generated: definitions scattered among real code and used later, and "
-        "repeated runs of tokens. The learning rate follows the clock, so a rerun takes "
-        "another number of steps.",
-        f"The corpus has {corpus['train_characters'] / 1e6:.0f} M characters "
-        f"({corpus['train_tokens'] / 1e6:.1f} M tokens), so the code was seen about "
-        f"{training['tokens'] * (1 - training['exercise_share']) / corpus['train_tokens']:.1f} "
-        "times.",
+        (
+            f"{training['steps']:,} steps of {training['tokens_per_step']:,} tokens "
+            f"({training['tokens'] / 1e6:.0f} M tokens) in {training['seconds']:.0f} s on one "
+            f"{training['device']} that trained both models at once, PyTorch {training['torch']}, "
+            f"bfloat16 autocast. Matrices: {training['optimizer']['matrices']}; the rest: "
+            f"{training['optimizer']['others']}; {training['optimizer']['schedule']}; gradient norm "
+            f"clipped at {training['optimizer']['clip']}. {training['exercise_share']:.0%} of the "
+            "sequences are generated: definitions scattered among real code and used later, and "
+            "repeated runs of tokens. The learning rate follows the clock, so a rerun takes "
+            "another number of steps."
+        ),
+        (
+            f"The corpus has {corpus['train_characters'] / 1e6:.0f} M characters "
+            f"({corpus['train_tokens'] / 1e6:.1f} M tokens), so the code was seen about "
+            f"{training['tokens'] * (1 - training['exercise_share']) / corpus['train_tokens']:.1f} "
+            "times."
+        ),
         "![loss](loss.png)",
         table(
             ["step", "training loss (nats a token)", "held-out loss"],
@@ -91,28 +117,34 @@ def card(name: str) -> str:
             ],
         ),
         "## Quality",
-        f"On the held-out text of this package ({held['tokens']:,} tokens, {held['bytes']:,} "
-        f"bytes): perplexity {held['perplexity']:.3f} a token, {held['bits_per_byte']:.3f} bits "
-        "per byte.",
+        (
+            f"On the held-out text of this package ({held['tokens']:,} tokens, {held['bytes']:,} "
+            f"bytes): perplexity {held['perplexity']:.3f} a token, {held['bits_per_byte']:.3f} bits "
+            "per byte."
+        ),
         table(
             ["predictor", "bits per byte"],
             [[name, f"{held['bits_per_byte']:.3f}"]]
             + [[k, f"{v:.3f}"] for k, v in quality["compressors_bits_per_byte"].items()],
         ),
-        f"Retrieval: `NAME_ABCD = 1234` asked for again after a distance, among "
-        f"{quality['retrieval']['definitions']} definitions "
-        f"({quality['retrieval']['prompts']} prompts a distance; guessing one of the values in "
-        f"the prompt gives {1 / quality['retrieval']['definitions']:.2f}). Names are disjoint "
-        "from those of training; the form of the lines is one of those trained on.",
+        (
+            f"Retrieval: `NAME_ABCD = 1234` asked for again after a distance, among "
+            f"{quality['retrieval']['definitions']} definitions "
+            f"({quality['retrieval']['prompts']} prompts a distance; guessing one of the values in "
+            f"the prompt gives {1 / quality['retrieval']['definitions']:.2f}). Names are disjoint "
+            "from those of training; the form of the lines is one of those trained on."
+        ),
         table(
             ["distance (tokens)", *quality["retrieval"]["accuracy"]],
             [["accuracy", *(f"{v:.3f}" for v in quality["retrieval"]["accuracy"].values())]],
         ),
         "## Keys under quantization",
-        f"Perplexity with keys rotated (Hadamard) and rounded to the Lloyd-Max codebook, values "
-        f"exact, over {keys['exact']['tokens']:,} held-out tokens; 'centred' subtracts the mean "
-        f"key of each head first, taken from the held-out text of {keys['calibration']}, which "
-        "is not in the measurement.",
+        (
+            f"Perplexity with keys rotated (Hadamard) and rounded to the Lloyd-Max codebook, values "
+            f"exact, over {keys['exact']['tokens']:,} held-out tokens; 'centred' subtracts the mean "
+            f"key of each head first, taken from the held-out text of {keys['calibration']}, which "
+            "is not in the measurement."
+        ),
         table(
             ["key bits", "plain", "centred"],
             [["16", f"{keys['exact']['perplexity']:.3f}", f"{keys['exact']['perplexity']:.3f}"]]
@@ -122,12 +154,15 @@ def card(name: str) -> str:
                 for b in (4, 3, 2)
             ],
         ),
+        *notes(name),
         "## Data",
-        f"Files of {len(used)} packages in the training machine's Python "
-        f"{corpus['python']} environment, under permissive licences only. Packages marked "
-        "held-out were not trained on; "
-        f"{len(corpus['left_out_as_similar_to_held_out'])} training files were left out because "
-        "over a fifth of their long lines also occur in a held-out package.",
+        (
+            f"Files of {len(used)} packages in the training machine's Python "
+            f"{corpus['python']} environment, under permissive licences only. Packages marked "
+            "held-out were not trained on; "
+            f"{len(corpus['left_out_as_similar_to_held_out'])} training files were left out because "
+            "over a fifth of their long lines also occur in a held-out package."
+        ),
         table(
             ["package", "version", "licence", "split", "files", "characters"],
             [
@@ -137,9 +172,11 @@ def card(name: str) -> str:
             ],
         ),
         "## Limits",
-        "The split is by package, but style and idioms are shared across Python packages, and "
-        "a short passage of a held-out package may occur elsewhere. The context is "
-        f"{config['max_position_embeddings']} tokens; beyond it nothing was trained.",
+        (
+            "The split is by package, but style and idioms are shared across Python packages, and "
+            "a short passage of a held-out package may occur elsewhere. The context is "
+            f"{config['max_position_embeddings']} tokens; beyond it nothing was trained."
+        ),
     ]
     return "\n\n".join(parts) + "\n"
 

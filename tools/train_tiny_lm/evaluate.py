@@ -63,6 +63,20 @@ class QuantizedKeys(DynamicCache):
         return super().update(keys, value_states, layer_idx, *rest, **kw)
 
 
+class ScaledKeys(DynamicCache):
+    """A cache that multiplies every key by a constant: attention at another temperature."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *rest: Any, **kw: Any
+    ) -> Any:
+        """Scale the new keys, then store and return as the base class does."""
+        return super().update(key_states * self.factor, value_states, layer_idx, *rest, **kw)
+
+
 class RecordedKeys(DynamicCache):
     """A cache that keeps the mean key of each layer and head."""
 
@@ -118,6 +132,44 @@ def key_quantization(model: Any, tokenizer: Any, tokens: int) -> dict[str, Any]:
     return result
 
 
+def controls(model: Any, tokenizer: Any, tokens: int) -> dict[str, Any]:
+    """Separate the noise of 3-bit keys from their shrinkage.
+
+    A Lloyd-Max reconstruction is shorter than the key by 1 - D on average, which softens
+    attention; exact keys are shrunk alike, and quantized keys are stretched back.
+    """
+    dim = model.config.head_dim
+    factor = 1.0 - float(lloyd_max(dim, 3).mse)
+    names = sorted({d.package for d in held_out_documents()} - {CALIBRATION})
+
+    def stretched() -> QuantizedKeys:
+        cache = QuantizedKeys(dim, 3, None)
+        cache.centroids = cache.centroids / factor
+        return cache
+
+    result: dict[str, Any] = {"factor": round(factor, 5)}
+    for key, make in {
+        "exact_shrunk": lambda: ScaledKeys(factor),
+        "plain_3_stretched": stretched,
+    }.items():
+        each = [
+            perplexity(
+                model,
+                tokenizer,
+                [held_out_text(n)],
+                max_tokens=tokens // len(names),
+                make_cache=make,
+            )
+            for n in names
+        ]
+        result[key] = row(
+            Perplexity(
+                sum(r.nats for r in each), sum(r.tokens for r in each), sum(r.bytes for r in each)
+            )
+        )
+    return result
+
+
 def compressors() -> dict[str, float]:
     """Return bits per byte of general-purpose compressors on the whole held-out text."""
     data = held_out_text().encode()
@@ -137,7 +189,12 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=40, help="retrieval prompts a distance")
     parser.add_argument("--tokens", type=int, default=12_288, help="tokens for quantized keys")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--controls", action="store_true", help="only the controls of tiny")
     options = parser.parse_args()
+    if options.controls:
+        measured = controls(*load_model("tiny"), options.tokens)
+        (options.out / "tiny-controls.json").write_text(json.dumps(measured, indent=1) + "\n")
+        return 0
     for name in options.model or available_models():
         model, tokenizer = load_model(name)
         report = {

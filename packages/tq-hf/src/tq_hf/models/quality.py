@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-
 from tq_hf.models.loading import held_out_text
 
 CacheFactory = Callable[[], Any]
@@ -179,7 +178,7 @@ def retrieval_tasks(
     distance : int
         Tokens from the end of the definition to the end of the prompt, at least 48.
     count : int
-        Number of prompts, all equally long.
+        Number of prompts; their lengths differ by a few tokens.
     seed : int
         Seed of names, values and places.
     definitions : int
