@@ -91,7 +91,8 @@ def load_model(
         attn_implementation=attn_implementation,
         local_files_only=True,
     )
-    tokenizer = PreTrainedTokenizerFast(
+    tokenizer_class: Any = PreTrainedTokenizerFast
+    tokenizer = tokenizer_class(
         tokenizer_file=str(folder / "tokenizer.json"),
         bos_token="<|endoftext|>",
         eos_token="<|endoftext|>",

@@ -72,7 +72,7 @@ def _logits(
     cache = make_cache()
     parts = [
         model(input_ids=part, past_key_values=cache, use_cache=True).logits
-        for part in tokens.split(chunk or tokens.shape[1], dim=1)
+        for part in torch.split(tokens, chunk or tokens.shape[1], dim=1)
     ]
     return torch.cat(parts, dim=1)
 
@@ -207,7 +207,7 @@ def retrieval_tasks(
         return [int(i) for i in tokenizer.encode(text, add_special_tokens=False)]
 
     newline = encode("\n")
-    tasks = []
+    tasks: list[RetrievalTask] = []
     while len(tasks) < count:
         names = [_name(rng) for _ in range(definitions)]
         values = [str(rng.integers(1000, 10000)) for _ in range(definitions)]
