@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
 import tq_core
 from tq_core.pages import PageLayout
 from tq_core.rotation import HaarRotation, HadamardRotation, Rotation

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
 from tq_hf.models.loading import held_out_text
 
 CacheFactory = Callable[[], Any]

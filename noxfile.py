@@ -1,0 +1,169 @@
+"""Sessions: ``uvx nox -s tests``, ``uvx nox -s demo``; also ``lint``, ``types`` and ``build``.
+
+Each session builds its own environment with uv (virtualenv where uv is missing). Python
+interpreters are never downloaded: those that are absent are named and their cases left out.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import nox
+
+ROOT = Path(__file__).resolve().parent
+PACKAGES = ("tq-core", "tq-kernels", "tq-hf", "tq-vllm")
+CONSTRAINTS = str(ROOT / "constraints.txt")
+RUNNERS = ("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100")
+# tq-core: NumPy series and the Python versions that it has wheels for.
+NUMPY = {
+    "1.26": ("3.11", "3.12"),
+    "2": ("3.11", "3.12", "3.13"),
+}
+OLDEST_TRANSFORMERS = "4.57"
+
+os.environ["UV_PYTHON_DOWNLOADS"] = "never"
+if "PIP_FIND_LINKS" in os.environ:
+    os.environ.setdefault("UV_FIND_LINKS", ",".join(os.environ["PIP_FIND_LINKS"].split()))
+
+nox.needs_version = ">=2025.2.9"
+nox.options.default_venv_backend = "uv|virtualenv"
+nox.options.download_python = "never"
+nox.options.error_on_missing_interpreters = False
+nox.options.reuse_venv = "no"
+nox.options.sessions = ["lint", "types", "tests"]
+
+
+def works(python: str | Path, version: str) -> bool:
+    """Tell whether a command is a Python of that version; launchers of absent ones are not."""
+    try:
+        code = "import sys; print(*sys.version_info[:2], sep='.')"
+        out = subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return out.returncode == 0 and out.stdout.strip() == version
+
+
+@cache
+def find_python(version: str) -> Path | None:
+    """Return a working interpreter from PATH, uv or pyenv, or None."""
+    candidates: list[str | Path] = [p for p in [shutil.which(f"python{version}")] if p]
+    if uv := shutil.which("uv"):
+        found = subprocess.run(
+            [uv, "python", "find", "--no-project", version], capture_output=True, text=True
+        )
+        candidates += found.stdout.split("\n")[:1] if found.returncode == 0 else []
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
+    candidates += sorted(pyenv.glob(f"versions/{version}.*/bin/python{version}"), reverse=True)
+    if f"{sys.version_info.major}.{sys.version_info.minor}" == version:
+        candidates.append(sys.executable)
+    return next((Path(c) for c in candidates if works(c, version)), None)
+
+
+PYTHONS = []
+for _version in ("3.11", "3.12", "3.13"):
+    if _found := find_python(_version):
+        PYTHONS.append(_version)
+        os.environ["PATH"] = f"{_found.parent}{os.pathsep}{os.environ['PATH']}"
+    else:
+        print(f"noxfile: no working Python {_version}: its cases are left out", file=sys.stderr)
+if not PYTHONS:
+    raise SystemExit("noxfile: no working Python 3.11, 3.12 or 3.13 found; install one of them")
+PYTHON = PYTHONS[0]
+
+
+def install(session: nox.Session, *what: str, constrain: bool = True) -> None:
+    """Install requirements, with the constraints of the CPU sessions where torch is among them."""
+    session.install(*what, *(["-c", CONSTRAINTS] if constrain else []))
+
+
+def editable(*names: str) -> list[str]:
+    """Return the arguments that install packages of this repository, extras included."""
+    return [arg for name in names for arg in ("-e", f"{ROOT / 'packages' / name}")]
+
+
+def pytest(session: nox.Session, *folders: str) -> None:
+    """Run tests on two processes of one thread each."""
+    session.run(
+        *("python", "-m", "pytest", "-q", "-n", "2", *session.posargs, *folders),
+        env={"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+    )
+
+
+TEST_CASES = [nox.param(PYTHON, "all", "", id="all")]
+if "3.11" in PYTHONS:
+    TEST_CASES.append(nox.param("3.11", "hf", OLDEST_TRANSFORMERS, id="transformers-4.57"))
+TEST_CASES += [
+    nox.param(python, "core", numpy, id=f"numpy-{numpy}-python-{python}")
+    for numpy, pythons in NUMPY.items()
+    for python in pythons
+    if python in PYTHONS
+]
+
+
+@nox.session
+@nox.parametrize("python,suite,version", TEST_CASES)
+def tests(session: nox.Session, suite: str, version: str) -> None:
+    """All packages on the newest versions, then tq-hf and tq-core on older ones."""
+    if suite == "core":
+        core = editable("tq-core[cli,plots]")
+        install(session, *core, f"numpy=={version}.*", *RUNNERS, constrain=False)
+        pytest(session, "packages/tq-core/tests")
+        return
+    packages = editable("tq-core[cli,plots]", "tq-kernels", "tq-hf[demo]")
+    if suite == "hf":
+        install(session, *packages, f"transformers=={version}.*", *RUNNERS)
+        pytest(session, "packages/tq-hf/tests")
+    else:
+        install(session, *packages, *editable("tq-vllm"), *RUNNERS)
+        pytest(session, "tests", *(f"packages/{name}/tests" for name in PACKAGES))
+
+
+@nox.session(python=PYTHON)
+def demo(session: nox.Session) -> None:
+    """Generate with a compressed cache; options after ``--`` go to ``tq demo``."""
+    install(session, *editable("tq-core[cli,plots]", "tq-kernels", "tq-hf[demo]"))
+    session.run("tq", "demo", *session.posargs)
+
+
+@nox.session(python=PYTHON)
+def lint(session: nox.Session) -> None:
+    """Check style, formatting and the layers between the packages."""
+    install(session, *editable("tq-core", "tq-kernels", "tq-hf", "tq-vllm"))
+    session.install("ruff>=0.12", "import-linter>=2.3")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    session.run("lint-imports")
+
+
+@nox.session(python=PYTHON)
+def types(session: nox.Session) -> None:
+    """Check the types of every package's source strictly."""
+    packages = editable("tq-core[cli,plots]", "tq-kernels", "tq-hf[demo]", "tq-vllm")
+    install(session, *packages, "mypy>=1.16")
+    session.run("mypy", *(f"packages/{name}/src" for name in PACKAGES))
+
+
+@nox.session(python=PYTHON)
+def build(session: nox.Session) -> None:
+    """Build the wheels; import each in an environment that holds nothing else."""
+    session.install("build", "hatchling>=1.27")
+    dist = Path(session.create_tmp()) / "dist"
+    shutil.rmtree(dist, ignore_errors=True)
+    for name in PACKAGES:
+        source = str(ROOT / "packages" / name)
+        session.run("python", "-m", "build", "-q", "-n", "--wheel", "-o", str(dist), source)
+    check = str(ROOT / "tools" / "check_wheel.py")
+    for name in PACKAGES:
+        empty = session.create_tmp() + f"/env-{name}"
+        shutil.rmtree(empty, ignore_errors=True)
+        session.run("python", "-m", "venv", empty)
+        python = str(Path(empty) / ("Scripts" if os.name == "nt" else "bin") / "python")
+        (wheel,) = dist.glob(f"{name.replace('-', '_')}-*.whl")
+        pip = (python, "-m", "pip", "install", "-q", "-c", CONSTRAINTS, "--find-links", str(dist))
+        session.run(*pip, str(wheel), external=True)
+        session.run(python, check, str(wheel), external=True)

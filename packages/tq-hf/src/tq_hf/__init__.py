@@ -1,0 +1,1 @@
+"""TurboQuant for Hugging Face transformers."""

@@ -1,0 +1,1 @@
+"""TurboQuant attention on compressed KV caches, in PyTorch and Triton."""

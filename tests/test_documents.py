@@ -1,0 +1,64 @@
+"""Documents agree with the committed results and with the code."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def generator() -> ModuleType:
+    path = ROOT / "tools" / "generate_tables.py"
+    spec = importlib.util.spec_from_file_location("generate_tables", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_tables_are_in_step_with_the_results(generator: ModuleType) -> None:
+    for name in generator.DOCUMENTS:
+        text = (ROOT / name).read_text(encoding="utf-8")
+        assert generator.MARKER.search(text), f"{name} has no table"
+        assert generator.render(text) == text, "run tools/generate_tables.py"
+
+
+def test_a_changed_number_is_noticed(generator: ModuleType) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    body = generator.MARKER.search(text)[2]
+    digit = re.search(r"\d\.\d", body)
+    assert digit is not None
+    changed = text.replace(body, body.replace(digit[0], "7.7", 1))
+    assert changed != text
+    assert generator.render(changed) == text
+
+
+def test_an_unknown_table_is_named(generator: ModuleType) -> None:
+    with pytest.raises(ValueError, match="no table is called 'absent'"):
+        generator.render("<!-- table:absent -->\n<!-- /table:absent -->")
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/architecture.md", "docs/development.md"])
+def test_links_lead_to_files(name: str) -> None:
+    path = ROOT / name
+    for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
+        if "://" not in target:
+            assert (path.parent / target).exists(), target
+
+
+def test_readme_and_ci_run_the_same_command() -> None:
+    command = "uvx nox -s tests"
+    assert command in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert command in (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+
+
+@pytest.mark.parametrize("package", ["tq-core", "tq-kernels", "tq-hf", "tq-vllm"])
+def test_every_package_carries_the_licence(package: str) -> None:
+    assert (ROOT / "packages" / package / "LICENSE").read_text() == (ROOT / "LICENSE").read_text()
