@@ -120,7 +120,8 @@ def tests(session: nox.Session, suite: str, version: str) -> None:
         pytest(session, "packages/tq-hf/tests")
     else:
         install(session, *packages, *editable("tq-vllm"), *RUNNERS)
-        pytest(session, "tests", *(f"packages/{name}/tests" for name in PACKAGES))
+        folders = ["tests", *(f"packages/{name}/tests" for name in PACKAGES)]
+        pytest(session, *(f for f in folders if any((ROOT / f).glob("**/test_*.py"))))
 
 
 @nox.session(python=PYTHON)
