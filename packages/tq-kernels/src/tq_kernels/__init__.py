@@ -1,1 +1,33 @@
-"""TurboQuant attention on compressed KV caches, in PyTorch and Triton."""
+"""TurboQuant attention on compressed KV caches, in PyTorch.
+
+Every operation has a reference in eager torch with the suffix ``_ref``, on any device.
+"""
+
+from __future__ import annotations
+
+from tq_kernels.attend import attend_codes, attend_dense, merge_sink, merge_states
+from tq_kernels.checks import debug_mode
+from tq_kernels.format import KVFormat
+from tq_kernels.ops.decode import decode_ref
+from tq_kernels.ops.dequantize import dequantize_ref
+from tq_kernels.ops.prefill import prefill_ref
+from tq_kernels.ops.rotate import rotate_ref
+from tq_kernels.ops.store import store_ref
+from tq_kernels.quantize import TokenCodes, decode_tokens, encode_tokens
+
+__all__ = [
+    "KVFormat",
+    "TokenCodes",
+    "attend_codes",
+    "attend_dense",
+    "debug_mode",
+    "decode_ref",
+    "decode_tokens",
+    "dequantize_ref",
+    "encode_tokens",
+    "merge_sink",
+    "merge_states",
+    "prefill_ref",
+    "rotate_ref",
+    "store_ref",
+]

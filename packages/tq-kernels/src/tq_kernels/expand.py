@@ -1,0 +1,98 @@
+"""Bytes of codes to numbers by table lookup, four codes at a time.
+
+The numbers are ``centroid / step``, half-integers of at most 127.5 and so exact in every float
+type down to bf16. Their order is that of the fields of the bytes, :func:`field_order`: a dot
+product does not care, if the query is permuted once.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from tq_kernels.codec import PLANE_WIDTHS, Kind, field_dims
+from tq_kernels.format import KVFormat
+from tq_kernels.quantize import codebook_of
+
+__all__ = ["expand", "field_order"]
+
+#: A type as wide as four numbers, so that a lookup moves all four as one element.
+_FOUR = {
+    torch.float16: torch.int64,
+    torch.bfloat16: torch.int64,
+    torch.float32: torch.complex128,
+}
+
+
+@lru_cache(maxsize=256)
+def field_order(fmt: KVFormat, kind: Kind, device: torch.device) -> Tensor:
+    """Dimension at each place of :func:`expand`, int64 [head_dim]."""
+    bits = fmt.k_bits if kind == "k" else fmt.v_bits
+    return field_dims(kind, PLANE_WIDTHS[bits][0], fmt.head_dim, device).flatten()
+
+
+@lru_cache(maxsize=64)
+def _table(fmt: KVFormat, kind: Kind, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Four numbers of every index, [indices, 4]."""
+    book = codebook_of(fmt, kind)
+    assert book.step is not None
+    numbers = torch.from_numpy(book.centroids / book.step).to(dtype)
+    if book.bits == 4:  # two bytes as a signed number, plus 2**15
+        index = (torch.arange(2**16) + 2**15) % 2**16
+        codes = (index[:, None] >> torch.arange(0, 16, 4)) & 15
+    elif book.bits == 2:  # one byte
+        codes = (torch.arange(2**8)[:, None] >> torch.arange(0, 8, 2)) & 3
+    else:  # one byte of the first plane, above it the third bits in bits 0, 1, 4 and 5
+        index = torch.arange(0x3400)
+        low = (index[:, None] >> torch.arange(0, 8, 2)) & 3
+        codes = low | ((index[:, None] >> torch.tensor([8, 9, 12, 13])) & 1) << 2
+    return numbers[codes].contiguous().to(device)
+
+
+def _third_bits(high: Tensor, kind: Kind, dim: int) -> Tensor:
+    """Third bits [..., dim / 4]: bits 0, 1, 4, 5 of a byte for each byte of the first plane."""
+    step = 4 if kind == "k" else 1  # bytes that repeat the pattern: a word, or a byte
+    whole = dim // (8 * step) * step
+    body = high[..., :whole].reshape(*high.shape[:-1], whole // step, step)
+    spread = torch.stack((body & 0x33, (body >> 2) & 0x33), dim=-2).flatten(-3)
+    if whole == high.shape[-1]:
+        return spread
+    tail = high[..., whole:]
+    fields = torch.cat((tail & 0x55, (tail >> 1) & 0x55), dim=-1)
+    return torch.cat((spread, (fields & 0x11) | (fields & 0x44) >> 1), dim=-1)
+
+
+def expand(planes: tuple[Tensor, ...], fmt: KVFormat, kind: Kind, dtype: torch.dtype) -> Tensor:
+    """``centroid / step`` of every code.
+
+    Parameters
+    ----------
+    planes : tuple of uint8 tensors [..., head_dim * width / 8]
+    fmt : KVFormat
+    kind : {"k", "v"}
+    dtype : torch.dtype
+        fp16, bf16, float32 or float64.
+
+    Returns
+    -------
+    tensor [..., head_dim] of ``dtype``, in the order of :func:`field_order`
+    """
+    bits = fmt.k_bits if kind == "k" else fmt.v_bits
+    if bits == 8:
+        return planes[0].to(dtype) - 127.5
+    table = _table(fmt, kind, planes[0].device, dtype)
+    if bits == 4:
+        pairs = planes[0].contiguous().view(torch.int16)
+        index = pairs.to(torch.int32).add_(2**15)
+    else:
+        index = planes[0].to(torch.int32)
+        if bits == 3:
+            index |= _third_bits(planes[1], kind, fmt.head_dim).to(torch.int32) << 8
+    shape = (*planes[0].shape[:-1], fmt.head_dim)
+    wide = _FOUR.get(dtype)
+    if wide is None:
+        return table[index].reshape(shape)
+    flat = torch.index_select(table.view(wide).flatten(), 0, index.flatten())
+    return flat.view(dtype).reshape(shape)
