@@ -45,6 +45,16 @@ def test_an_unknown_table_is_named(generator: ModuleType) -> None:
         generator.render("<!-- table:absent -->\n<!-- /table:absent -->")
 
 
+def test_demo_table_reads_a_demo_result(
+    generator: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = {"name": "K4V4", "perplexity": 5.1234, "agreement": 0.987, "bytes_per_token": 1584}
+    row |= {"ratio": 512 / 132, "projection_bytes": 131072 * 32 * 8 * 132}
+    monkeypatch.setattr(generator, "load", lambda _: {"caches": [row]})
+    last = generator.TABLES["demo"]().splitlines()[-1]
+    assert last == "| K4V4 | 5.123 | 98.7% | 1,584 | 3.88x | 4.12 GiB |"
+
+
 @pytest.mark.parametrize("name", ["README.md", "docs/architecture.md", "docs/development.md"])
 def test_links_lead_to_files(name: str) -> None:
     path = ROOT / name

@@ -66,6 +66,24 @@ def models() -> str:
     return markdown((*header, *keys), rows)
 
 
+@table("demo")
+def demo() -> str:
+    """Size and quality of each cache, as `tq demo` measured them."""
+    rows = [
+        (
+            row["name"],
+            f"{row['perplexity']:.3f}",
+            f"{row['agreement']:.1%}",
+            f"{row['bytes_per_token']:,}",
+            f"{row['ratio']:.2f}x",
+            f"{row['projection_bytes'] / 2**30:.2f} GiB",
+        )
+        for row in load("benchmarks/results/demo.json")["caches"]
+    ]
+    header = ("cache", "perplexity", "same best token", "bytes a token", "ratio")
+    return markdown((*header, "Llama-3.1-8B shape, 128k"), rows)
+
+
 def render(text: str) -> str:
     """Return a document with its tables written anew.
 
