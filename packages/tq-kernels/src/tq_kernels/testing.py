@@ -1,0 +1,138 @@
+"""Caches with poison, and plain attention in float64, to test attention operations against."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tq_kernels.format import KVFormat
+from tq_kernels.ops.dequantize import dequantize_ref
+from tq_kernels.ops.store import store_ref
+
+__all__ = ["PagedCache", "attention_f64", "random_cache"]
+
+#: Two such bytes are an fp16 NaN.
+POISON_BYTE = 0x7E
+#: A page number that no cache has.
+POISON_PAGE = 2**30
+
+
+@dataclass(frozen=True)
+class PagedCache:
+    """A compressed cache of some sequences.
+
+    Attributes
+    ----------
+    pages : uint8 tensor [num_pages, kv_heads, record_bytes]
+        Every byte that belongs to no stored token is poison; as a scale it is NaN.
+    block_table : int32 tensor [batch, max_pages]
+        Permuted pages; entries past a sequence are no page at all.
+    seq_lens : int32 tensor [batch]
+    fmt : KVFormat
+    """
+
+    pages: Tensor
+    block_table: Tensor
+    seq_lens: Tensor
+    fmt: KVFormat
+
+    def slots(self, sequence: int) -> Tensor:
+        """Slots of the tokens of one sequence, int64 [length]."""
+        length = int(self.seq_lens[sequence])
+        at = torch.arange(length, device=self.pages.device)
+        page = self.block_table[sequence, at // self.fmt.page_size].to(torch.int64)
+        return page * self.fmt.page_size + at % self.fmt.page_size
+
+    def decoded(self, sequence: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of one sequence in float64, [length, kv_heads, head_dim]."""
+        return dequantize_ref(self.pages, self.slots(sequence), self.fmt, torch.float64)
+
+    def to(self, device: torch.device | str) -> PagedCache:
+        """The same on another device."""
+        tensors = (t.to(device) for t in (self.pages, self.block_table, self.seq_lens))
+        return PagedCache(*tensors, self.fmt)
+
+
+def random_cache(
+    fmt: KVFormat,
+    kv_heads: int,
+    lengths: Sequence[int],
+    *,
+    seed: int = 0,
+    spare_pages: int = 2,
+    key_spread: float = 1.0,
+) -> PagedCache:
+    """Gaussian keys and values of sequences on permuted pages, poison everywhere else.
+
+    ``key_spread`` multiplies the keys, for sharper attention; scales differ between tokens.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    need = [-(-length // fmt.page_size) for length in lengths]
+    total = sum(need) + spare_pages
+    pages = fmt.allocate_pages(total, kv_heads).fill_(POISON_BYTE)
+    order = torch.randperm(total, generator=rng)
+    table = torch.full((len(lengths), max([*need, 1]) + 1), POISON_PAGE, dtype=torch.int32)
+    used = 0
+    for n, count in enumerate(need):
+        table[n, :count] = order[used : used + count].to(torch.int32)
+        used += count
+    cache = PagedCache(pages, table, torch.tensor(lengths, dtype=torch.int32), fmt)
+    for n, length in enumerate(lengths):
+        shape = (length, kv_heads, fmt.head_dim)
+        size = torch.rand((length, kv_heads, 1), generator=rng) + 0.5
+        k = torch.randn(shape, generator=rng) * size * key_spread
+        v = torch.randn(shape, generator=rng) * size.flip(0)
+        store_ref(k, v, pages, cache.slots(n), fmt)
+    return cache
+
+
+def attention_f64(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    first_position: int,
+    softmax_scale: float | None = None,
+    soft_cap: float | None = None,
+    sliding_window: int | None = None,
+    sinks: Tensor | None = None,
+    key_center: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention of one sequence by its definition, in float64.
+
+    Parameters
+    ----------
+    q : float tensor [queries, heads, head_dim]
+        Query ``i`` has position ``first_position + i`` and sees keys up to it.
+    k, v : float tensors [tokens, kv_heads, head_dim]
+        Key ``j`` has position ``j``.
+
+    Returns
+    -------
+    out : float64 tensor [queries, heads, head_dim]
+    lse : float64 tensor [queries, heads]
+    """
+    q, k, v = (t.to(torch.float64) for t in (q, k, v))
+    if key_center is not None:
+        k = k + key_center.to(torch.float64)
+    group = q.shape[1] // k.shape[1]
+    k, v = (t.repeat_interleave(group, dim=1) for t in (k, v))
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    logits = torch.einsum("qhd,khd->qhk", q, k) * scale
+    if soft_cap is not None:
+        logits = soft_cap * torch.tanh(logits / soft_cap)
+    at = torch.arange(first_position, first_position + q.shape[0], device=q.device)[:, None, None]
+    keys = torch.arange(k.shape[0], device=q.device)
+    hidden = keys > at
+    if sliding_window is not None:
+        hidden = hidden | (keys <= at - sliding_window)
+    logits = logits.masked_fill(hidden, -torch.inf)
+    if sinks is not None:
+        column = sinks.to(torch.float64)[None, :, None].expand(q.shape[0], -1, 1)
+        logits = torch.cat((logits, column), dim=-1)
+    lse = torch.logsumexp(logits, dim=-1)
+    weights = (logits - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]).exp()
+    return torch.einsum("qhk,khd->qhd", weights[..., : k.shape[0]], v), lse
