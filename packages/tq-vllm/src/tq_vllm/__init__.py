@@ -1,29 +1,12 @@
-"""TurboQuant for vLLM: reserves the package's name; it has no attention backend.
+"""TurboQuant for vLLM: an attention backend whose KV cache holds compressed pages.
 
-Importing it changes nothing in vLLM. `register` raises, so that nobody serves a 16-bit cache and
-takes it for a compressed one.
+``vllm serve MODEL --attention-backend CUSTOM`` uses it once the package is installed; settings are
+environment variables, see :mod:`tq_vllm.settings`. Importing or installing the package changes
+nothing else in vLLM.
 """
 
 from __future__ import annotations
 
-from typing import NoReturn
+from tq_vllm.plugin import register
 
-__all__ = ["BackendUnavailableError", "register"]
-
-
-class BackendUnavailableError(RuntimeError):
-    """The vLLM attention backend was asked for and is not part of this version."""
-
-
-def register() -> NoReturn:
-    """Refuse to register an attention backend with vLLM.
-
-    Raises
-    ------
-    BackendUnavailableError
-        Always.
-    """
-    raise BackendUnavailableError(
-        "this version of tq-vllm has no attention backend for vLLM; use tq-hf with transformers, "
-        "or vLLM's own --kv-cache-dtype"
-    )
+__all__ = ["register"]

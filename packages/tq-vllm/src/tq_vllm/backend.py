@@ -1,0 +1,127 @@
+"""What vLLM asks about the backend: names, support, and the bytes of a page."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from tq_core import TQError
+from tq_kernels import KVFormat
+from vllm.platforms import current_platform
+from vllm.v1.attention.backend import AttentionBackend, MultipleOf
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout, SlidingWindowSpec
+
+from tq_vllm.settings import Settings, load_settings
+from tq_vllm.versions import check_vllm_version
+
+if TYPE_CHECKING:
+    from tq_vllm.impl import TurboQuantImpl
+    from tq_vllm.metadata import TurboQuantMetadataBuilder
+
+__all__ = ["TurboQuantBackend", "page_format"]
+
+check_vllm_version()
+
+
+def page_format(head_dim: int, page_size: int) -> KVFormat:
+    """Format of pages of ``page_size`` tokens, by the settings of the environment."""
+    return _format(head_dim, page_size, load_settings())
+
+
+@cache
+def _format(head_dim: int, page_size: int, settings: Settings) -> KVFormat:
+    return KVFormat(
+        head_dim,
+        settings.key_bits,
+        settings.value_bits,
+        page_size,
+        rotation=settings.rotation,
+        seed=settings.seed,
+        scale=settings.scale,
+    )
+
+
+class TurboQuantBackend(AttentionBackend):
+    """Attention on pages of codes; a page is exactly ``heads * tokens * slot_bytes`` bytes."""
+
+    forward_includes_kv_cache_update: bool = False
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16]
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "float16", "bfloat16"]
+
+    @staticmethod
+    def get_name() -> str:
+        return "CUSTOM"
+
+    @staticmethod
+    def get_impl_cls() -> type[TurboQuantImpl]:
+        from tq_vllm.impl import TurboQuantImpl
+
+        return TurboQuantImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[TurboQuantMetadataBuilder]:
+        from tq_vllm.metadata import TurboQuantMetadataBuilder
+
+        return TurboQuantMetadataBuilder
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        """All layouts in which the bytes of a page and head are contiguous."""
+        return (
+            KVCacheLayout.LBHNC,
+            KVCacheLayout.BLHNC,
+            KVCacheLayout.LHBNC,
+            KVCacheLayout.BHLNC,
+        )
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
+        return [MultipleOf(16)]
+
+    @classmethod
+    def customize_spec(cls, spec: Any) -> Any:
+        """Set the bytes of a token and head to those of the format.
+
+        Raises
+        ------
+        TQError
+            For layers that are no plain or sliding-window attention.
+        """
+        if spec.state_content_bytes is not None:
+            return spec
+        if type(spec) not in (FullAttentionSpec, SlidingWindowSpec):
+            raise TQError(
+                f"TurboQuant pages hold full and sliding-window attention, and a layer has "
+                f"{type(spec).__name__}; serve this model without --attention-backend CUSTOM"
+            )
+        if spec.head_size_v != spec.head_size:
+            raise TQError(
+                f"keys of dimension {spec.head_size} and values of dimension {spec.head_size_v}: "
+                "TurboQuant pages need equal ones; serve without --attention-backend CUSTOM"
+            )
+        slot = page_format(spec.head_size, 16).slot_bytes
+        return replace(spec, dtype=torch.uint8, state_content_bytes=slot)
+
+    @classmethod
+    def supports_dtype(cls, dtype: torch.dtype) -> bool:
+        return dtype in cls.supported_dtypes or (
+            dtype == torch.float32 and current_platform.is_cpu()
+        )
+
+    @classmethod
+    def supports_head_size(cls, head_size: int) -> bool:
+        return head_size % 16 == 0 and 16 <= head_size <= 256
+
+    @classmethod
+    def supports_sink(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_sliding_window(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_compute_capability(cls, capability: Any) -> bool:
+        return bool(capability.major >= 8)

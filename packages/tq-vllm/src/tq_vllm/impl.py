@@ -1,0 +1,187 @@
+"""Attention of one layer on compressed pages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from tq_core import TQError
+from tq_kernels import KVFormat
+from vllm.config import get_current_vllm_config
+from vllm.v1.attention.backend import AttentionImpl, AttentionType
+
+from tq_vllm.backend import TurboQuantBackend, page_format
+from tq_vllm.layers import keep_at_16_bits
+from tq_vllm.metadata import TurboQuantMetadata
+from tq_vllm.ops import LayerOps
+from tq_vllm.settings import load_settings
+
+__all__ = ["TurboQuantImpl"]
+
+
+class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
+    """Attention of one layer; arguments as for every implementation of vLLM's.
+
+    Raises
+    ------
+    TQError
+        For a layer that pages of codes cannot serve, with the reason.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: Tensor | None = None,
+        **other: Any,
+    ) -> None:
+        self.num_heads = num_heads
+        self.head_size = head_size
+        self.scale = float(scale)
+        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        self.kv_cache_dtype = kv_cache_dtype
+        self.sliding_window = sliding_window
+        self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
+        self.vllm_config = get_current_vllm_config()
+        #: What a layer that is kept at 16 bits passes to its own implementation.
+        self.arguments: dict[str, Any] = {
+            "num_heads": num_heads,
+            "head_size": head_size,
+            "scale": scale,
+            "num_kv_heads": self.num_kv_heads,
+            "alibi_slopes": alibi_slopes,
+            "sliding_window": sliding_window,
+            "kv_cache_dtype": kv_cache_dtype,
+            "logits_soft_cap": logits_soft_cap,
+            "attn_type": attn_type,
+            "kv_sharing_target_layer_name": kv_sharing_target_layer_name,
+            **({} if sinks is None else {"sinks": sinks}),
+            **other,
+        }
+        self._check(alibi_slopes, attn_type, other)
+        self.stored_prefill = load_settings().prefill == "stored"
+        self.ops = LayerOps(
+            softmax_scale=self.scale,
+            soft_cap=logits_soft_cap or None,
+            sliding_window=sliding_window,
+            sinks=sinks,
+        )
+
+    def _check(
+        self, alibi_slopes: list[float] | None, attn_type: str, other: dict[str, Any]
+    ) -> None:
+        backend, dtype = TurboQuantBackend, torch.get_default_dtype()
+        allowed = ", ".join(backend.supported_kv_cache_dtypes)
+        reasons = {
+            "alibi slopes": alibi_slopes is not None,
+            f"attention of type {attn_type!r}": attn_type != AttentionType.DECODER,
+            f"head_dim {self.head_size}, no multiple of 16 from 16 to 256": (
+                not backend.supports_head_size(self.head_size)
+            ),
+            f"activations of {dtype}": not backend.supports_dtype(dtype),
+            f"--kv-cache-dtype {self.kv_cache_dtype}, which needs to be one of {allowed}": (
+                not backend.supports_kv_cache_dtype(self.kv_cache_dtype)
+            ),
+            f"the arguments {', '.join(other)}": bool(other),
+        }
+        for reason, refused in reasons.items():
+            if refused:
+                raise TQError(
+                    f"TurboQuant pages do not support {reason}; serve this model without "
+                    "--attention-backend CUSTOM (on CPU: with TQ_CPU=0)"
+                )
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Give the layer to vLLM's own backend if the settings keep it at 16 bits."""
+        keep_at_16_bits(self, act_dtype)
+
+    def _pages(self, kv_cache: Tensor) -> tuple[Tensor, KVFormat]:
+        """View the cache [pages, heads, tokens, slot_bytes] as [pages, heads, record_bytes]."""
+        pages = kv_cache.view(*kv_cache.shape[:2], -1)
+        return pages, page_format(self.head_size, kv_cache.shape[2])
+
+    def do_kv_cache_update(
+        self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
+    ) -> None:
+        """Compress new keys and values into their slots."""
+        if kv_cache.numel() == 0:  # profiling, before there is a cache
+            return
+        pages, fmt = self._pages(kv_cache)
+        tokens = slot_mapping.shape[0]
+        self.ops.store(key[:tokens], value[:tokens], pages, slot_mapping, fmt)
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: TurboQuantMetadata | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Attention of new tokens, which are stored already.
+
+        Parameters
+        ----------
+        query, output : tensors [tokens, heads, head_dim]
+        key, value : tensors [tokens, kv_heads, head_dim]
+        kv_cache : uint8 tensor [pages, kv_heads, tokens of a page, slot_bytes]
+        """
+        if output_scale is not None or output_block_scale is not None:
+            raise TQError("TurboQuant attention writes no quantized output; disable that fusion")
+        if attn_metadata is None:  # profiling
+            return output.zero_()
+        batch = attn_metadata
+        pages, fmt = self._pages(kv_cache)
+        decodes, first = batch.num_decodes, batch.num_decode_tokens
+        if decodes:
+            self.ops.decode(
+                query[:first],
+                pages,
+                batch.block_table[:decodes],
+                batch.seq_lens[:decodes],
+                fmt,
+                output[:first],
+                batch.query_start_loc[: decodes + 1] if batch.max_decode_query_len > 1 else None,
+            )
+        if batch.num_prefills:
+            rows = slice(first, batch.num_tokens)
+            requests = slice(decodes, decodes + batch.num_prefills)
+            assert batch.prefill_start_loc is not None and batch.context_lens is not None
+            table = batch.block_table[requests]
+            # A layer that shares another's cache is given no keys of its own.
+            if self.stored_prefill or self.kv_sharing_target_layer_name is not None:
+                self.ops.decode(
+                    query[rows],
+                    pages,
+                    table,
+                    batch.seq_lens[requests],
+                    fmt,
+                    output[rows],
+                    batch.prefill_start_loc,
+                )
+            else:
+                self.ops.prefill(
+                    query[rows],
+                    key[rows],
+                    value[rows],
+                    pages,
+                    table,
+                    batch.prefill_start_loc,
+                    batch.context_lens,
+                    fmt,
+                    output[rows],
+                )
+        return output

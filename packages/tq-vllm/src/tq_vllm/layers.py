@@ -1,0 +1,77 @@
+"""Layers that the settings keep at 16 bits: they get vLLM's own backend."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tq_core import TQError
+from vllm.config import set_current_vllm_config
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.platforms import current_platform
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.attention.selector import AttentionSelectorConfig
+
+from tq_vllm.settings import load_settings, skipped_layers
+
+if TYPE_CHECKING:
+    from tq_vllm.impl import TurboQuantImpl
+
+__all__ = ["keep_at_16_bits"]
+
+
+def _own_layer(impl: TurboQuantImpl) -> tuple[str, Any]:
+    """Name and module of the layer that an implementation belongs to."""
+    for name, layer in impl.vllm_config.compilation_config.static_forward_context.items():
+        if getattr(layer, "impl", None) is impl:
+            return name, layer
+    raise TQError("no layer of the model has this attention implementation; report this as a bug")
+
+
+@cache
+def _backend_of_vllm(head_size: int, dtype: torch.dtype, sink: bool, sliding: bool) -> type[Any]:
+    """Backend that vLLM would choose if none was asked for."""
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+
+    if current_platform.is_cpu():
+        from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+        backend: type[Any] = CPUAttentionBackend
+        return backend
+    config = AttentionSelectorConfig(
+        head_size=head_size,
+        dtype=dtype,
+        kv_cache_dtype="auto",
+        block_size=None,
+        has_sink=sink,
+        has_sliding_window=sliding,
+    )
+    path = current_platform.get_attn_backend_cls(None, attn_selector_config=config)
+    found: type[Any] = resolve_obj_by_qualname(path)
+    return found
+
+
+def keep_at_16_bits(impl: TurboQuantImpl, act_dtype: torch.dtype) -> None:
+    """Give the layer of ``impl`` vLLM's own backend if ``TQ_SKIP_LAYERS`` names it.
+
+    Called after the weights are loaded and before vLLM asks layers for the sizes of their pages.
+    """
+    kept = load_settings().layers_kept
+    if kept == "none":
+        return
+    config = impl.vllm_config
+    name, layer = _own_layer(impl)
+    numbers, sliding = skipped_layers(kept, config.model_config.get_total_num_hidden_layers())
+    windowed = impl.sliding_window is not None
+    if not (extract_layer_index(name) in numbers or (sliding and windowed)):
+        return
+    with set_current_vllm_config(config):
+        backend = _backend_of_vllm(
+            impl.head_size, act_dtype, impl.ops.sinks is not None, windowed
+        )
+        own = backend.get_impl_cls()(**impl.arguments)
+    own.process_weights_after_loading(act_dtype)
+    layer.attn_backend = backend
+    layer.impl = own
+    layer.backend = AttentionBackendEnum[backend.get_name()]

@@ -1,0 +1,114 @@
+"""What a step's batch looks like, the same for all layers of a group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from tq_core import TQError
+from vllm.v1.attention.backend import (
+    AttentionCGSupport,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+)
+from vllm.v1.attention.backends.utils import split_decodes_and_prefills
+
+from tq_vllm.report import report_cache
+
+__all__ = ["TurboQuantMetadata", "TurboQuantMetadataBuilder"]
+
+
+@dataclass
+class TurboQuantMetadata(AttentionMetadata):
+    """A batch: first the decodes, sequences with few new tokens, then the prefills.
+
+    Attributes
+    ----------
+    block_table : int32 tensor [requests, max_pages]
+    seq_lens : int32 tensor [requests]
+        Tokens of each sequence, new ones included.
+    query_start_loc : int32 tensor [requests + 1]
+        Where the new tokens of each sequence start.
+    slot_mapping : int64 tensor [tokens]
+    num_tokens, num_decodes, num_decode_tokens, num_prefills : int
+    max_decode_query_len, max_query_len, max_seq_len : int
+        Upper bounds, known on the host.
+    prefill_start_loc : int32 tensor [prefills + 1]
+        Where the new tokens of each prefill start, counted from the first one.
+    context_lens : int32 tensor [prefills]
+        Tokens of each prefill that were stored before this step.
+    """
+
+    block_table: torch.Tensor
+    seq_lens: torch.Tensor
+    query_start_loc: torch.Tensor
+    slot_mapping: torch.Tensor
+    num_tokens: int
+    num_decodes: int
+    num_decode_tokens: int
+    num_prefills: int
+    max_decode_query_len: int
+    max_query_len: int
+    max_seq_len: int
+    prefill_start_loc: torch.Tensor | None
+    context_lens: torch.Tensor | None
+
+
+class TurboQuantMetadataBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
+    """Build the metadata of a step without looking at device memory."""
+
+    # Decodes read lengths and tables from device memory only, for one new token a sequence and
+    # for a uniform number of speculated ones.
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
+    supports_update_block_table: bool = True
+
+    def __init__(
+        self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+        report_cache(vllm_config)
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
+    ) -> TurboQuantMetadata:
+        common = common_attn_metadata
+        if common.causal is not True:
+            raise TQError(
+                "TurboQuant pages serve causal attention, and a layer attends to later tokens "
+                "too; serve this model without --attention-backend CUSTOM"
+            )
+        threshold = self.reorder_batch_threshold
+        decodes, prefills, decode_tokens, _ = split_decodes_and_prefills(
+            common, decode_threshold=threshold
+        )
+        start = context = None
+        if prefills:
+            start = common.query_start_loc[decodes : decodes + prefills + 1] - decode_tokens
+            context = common.seq_lens[decodes : decodes + prefills] - (start[1:] - start[:-1])
+        return TurboQuantMetadata(
+            block_table=common.block_table_tensor,
+            seq_lens=common.seq_lens,
+            query_start_loc=common.query_start_loc,
+            slot_mapping=common.slot_mapping,
+            num_tokens=common.num_actual_tokens,
+            num_decodes=decodes,
+            num_decode_tokens=decode_tokens,
+            num_prefills=prefills,
+            max_decode_query_len=min(threshold, common.max_query_len),
+            max_query_len=common.max_query_len,
+            max_seq_len=common.max_seq_len,
+            prefill_start_loc=start,
+            context_lens=context,
+        )
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> TurboQuantMetadata:
+        metadata = self.build(0, common_attn_metadata)
+        metadata.seq_lens.fill_(common_attn_metadata.max_query_len)  # short, so capture is quick
+        return metadata
+
+    def update_block_table(
+        self, metadata: TurboQuantMetadata, blk_table: torch.Tensor, slot_mapping: torch.Tensor
+    ) -> TurboQuantMetadata:
+        return replace(metadata, block_table=blk_table, slot_mapping=slot_mapping)

@@ -1,0 +1,86 @@
+"""One line in the log: the format, and the bytes that vLLM allocates for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.config import get_layers_from_vllm_config
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
+
+from tq_vllm.settings import load_settings
+
+__all__ = ["CacheBytes", "cache_bytes", "report_cache"]
+
+# A child of vLLM's logger, so that its handlers and level apply.
+logger = init_logger("vllm.plugins.turboquant")
+
+
+@dataclass(frozen=True)
+class CacheBytes:
+    """Bytes of the KV cache on one rank.
+
+    Attributes
+    ----------
+    token : float
+        Of a token, all layers.
+    token_16_bits : float
+        The same at 16 bits.
+    slots : tuple of int
+        Of a token and KV head of compressed layers, each value once.
+    layers, compressed : int
+        Attention layers with a cache, and those with pages of codes.
+    """
+
+    token: float
+    token_16_bits: float
+    slots: tuple[int, ...]
+    layers: int
+    compressed: int
+
+    @property
+    def ratio(self) -> float:
+        """How many times smaller than at 16 bits."""
+        return self.token_16_bits / self.token
+
+
+def cache_bytes(vllm_config: Any) -> CacheBytes:
+    """Sum the page sizes of the specifications that vLLM allocates by."""
+    from tq_vllm.backend import TurboQuantBackend
+
+    token = plain = 0.0
+    slots, layers, compressed = set(), 0, 0
+    for layer in get_layers_from_vllm_config(vllm_config, Attention).values():
+        if layer.kv_sharing_target_layer_name is not None:
+            continue
+        spec = layer.get_kv_cache_spec(vllm_config)
+        if spec is None:
+            continue
+        customized = layer.attn_backend.customize_spec(spec)
+        layers += 1
+        token += customized.page_size_bytes / customized.block_size
+        plain += spec.num_kv_heads * 2 * spec.head_size * 2
+        if issubclass(layer.attn_backend, TurboQuantBackend):
+            compressed += 1
+            slots.add(customized.state_content_size_bytes)
+    return CacheBytes(token, plain, tuple(sorted(slots)), layers, compressed)
+
+
+def report_cache(vllm_config: Any) -> None:
+    """Log the format and its bytes once a process."""
+    settings, sizes = load_settings(), cache_bytes(vllm_config)
+    logger.info_once(
+        "TurboQuant KV cache: keys %d bits, values %d bits, prefill %s; %d of %d layers "
+        "compressed, %s bytes a token and KV head; %.0f bytes a token against %.0f at 16 bits "
+        "(%.2fx smaller).",
+        settings.key_bits,
+        settings.value_bits,
+        settings.prefill,
+        sizes.compressed,
+        sizes.layers,
+        "/".join(map(str, sizes.slots)),
+        sizes.token,
+        sizes.token_16_bits,
+        sizes.ratio,
+    )

@@ -1,0 +1,233 @@
+"""Settings of the backend, from the environment.
+
+===================  ===============================================================
+``TQ_PRESET``        ``k8v4``, ``k4v4`` (default), ``k4v3``, ``k3v3`` or ``k2v2``
+``TQ_K_BITS``        bits of a key coordinate: 2, 3, 4 or 8 (also ``TQ4_K_BITS``)
+``TQ_V_BITS``        bits of a value coordinate (also ``TQ4_V_BITS``)
+``TQ_SKIP_LAYERS``   layers kept at 16 bits, such as ``0,1,-2,-1``, ``0-3``, ``sliding``
+                     (all layers with a sliding window) or ``none``
+``TQ_PREFILL``       ``exact`` (default): new tokens see each other at 16 bits;
+                     ``stored``: as they are stored, so that chunking the prompt and
+                     cached prefixes change no result
+``TQ_SEED``          seed of the rotation
+``TQ_ROTATION``      ``hadamard`` (default) or ``haar``
+``TQ_SCALE``         ``mse`` (default), ``norm``, ``unbiased`` or ``none``
+``TQ_CPU``           1 (default): on vLLM's CPU platform, take the place of its
+                     attention; 0: leave it alone
+===================  ===============================================================
+
+Without any of them the backend works with the defaults, if ``--attention-backend CUSTOM`` asks
+for it. Variables that start with ``TQ_`` and are none of these are errors.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+
+from pydantic import AliasChoices, Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+from tq_core import TQError
+
+__all__ = ["PRESETS", "Preset", "Settings", "asked_for", "load_settings", "skipped_layers"]
+
+PresetName = Literal["k8v4", "k4v4", "k4v3", "k3v3", "k2v2"]
+Bits = Literal[2, 3, 4, 8]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Bits of keys and values, and layers kept at 16 bits.
+
+    Attributes
+    ----------
+    k_bits, v_bits : int
+    skip_layers : str
+        As ``TQ_SKIP_LAYERS``.
+    """
+
+    k_bits: int
+    v_bits: int
+    skip_layers: str = "none"
+
+
+#: At 3 bits and below the first and last two layers stay at 16 bits: they lose most.
+PRESETS: dict[PresetName, Preset] = {
+    "k8v4": Preset(8, 4),
+    "k4v4": Preset(4, 4),
+    "k4v3": Preset(4, 3),
+    "k3v3": Preset(3, 3, "0,1,-2,-1"),
+    "k2v2": Preset(2, 2, "0,1,-2,-1"),
+}
+
+_PREFIXES = ("TQ_", "TQ4_")
+#: Variables of the packages below.
+_OTHERS = ("TQ_KERNELS_", "TQ_HF_", "TQ_CORE_")
+_LAYERS = re.compile(r"(-?\d+)(?:-(\d+))?")
+
+
+class Settings(BaseSettings):
+    """Settings of the backend; see the module for the variables."""
+
+    model_config = SettingsConfigDict(env_prefix="TQ_", env_ignore_empty=True, frozen=True)
+
+    preset: PresetName = "k4v4"
+    k_bits: Bits | None = Field(None, validation_alias=AliasChoices("TQ_K_BITS", "TQ4_K_BITS"))
+    v_bits: Bits | None = Field(None, validation_alias=AliasChoices("TQ_V_BITS", "TQ4_V_BITS"))
+    skip_layers: str | None = None
+    prefill: Literal["exact", "stored"] = "exact"
+    seed: int = Field(0, ge=0, lt=2**64)
+    rotation: Literal["hadamard", "haar"] = "hadamard"
+    scale: Literal["mse", "norm", "unbiased", "none"] = "mse"
+    cpu: bool = True
+
+    @field_validator("k_bits", "v_bits", mode="before")
+    @classmethod
+    def _number(cls, value: Any) -> Any:
+        return int(value) if isinstance(value, str) and value.strip().isdecimal() else value
+
+    @field_validator("skip_layers")
+    @classmethod
+    def _layers(cls, value: str | None) -> str | None:
+        if value is not None:
+            _parse_layers(value)
+        return value
+
+    @property
+    def key_bits(self) -> int:
+        """Bits of a key coordinate."""
+        return PRESETS[self.preset].k_bits if self.k_bits is None else self.k_bits
+
+    @property
+    def value_bits(self) -> int:
+        """Bits of a value coordinate."""
+        return PRESETS[self.preset].v_bits if self.v_bits is None else self.v_bits
+
+    @property
+    def layers_kept(self) -> str:
+        """Layers kept at 16 bits, as ``TQ_SKIP_LAYERS``.
+
+        The preset's own layers hold only for the preset's own bits.
+        """
+        if self.skip_layers is not None:
+            return self.skip_layers
+        preset = PRESETS[self.preset]
+        same = (self.key_bits, self.value_bits) == (preset.k_bits, preset.v_bits)
+        return preset.skip_layers if same else "none"
+
+
+def _names() -> list[str]:
+    names = [f"TQ_{name.upper()}" for name in Settings.model_fields]
+    return [*names, "TQ4_K_BITS", "TQ4_V_BITS"]
+
+
+def _given(environ: Mapping[str, str]) -> list[str]:
+    """Variables of this package that are set, known or not."""
+    return [
+        name
+        for name, value in environ.items()
+        if name.startswith(_PREFIXES) and not name.startswith(_OTHERS) and value
+    ]
+
+
+def asked_for(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether a variable of this package is set."""
+    return bool(_given(environ))
+
+
+@cache
+def _load(values: tuple[tuple[str, str], ...]) -> Settings:
+    known = _names()
+    for name, _ in values:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
+            raise TQError(f"environment variable {name} is no setting of tq-vllm: {hint}")
+    given = dict(values)
+    for kind in ("K", "V"):
+        new, old = given.get(f"TQ_{kind}_BITS"), given.get(f"TQ4_{kind}_BITS")
+        if new is not None and old is not None and new != old:
+            raise TQError(
+                f"TQ_{kind}_BITS={new} and TQ4_{kind}_BITS={old} differ: unset the second"
+            )
+    try:
+        return Settings()
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0]) if first["loc"] else "?"
+        variable = name if name.startswith("TQ") else f"TQ_{name.upper()}"
+        message = first["msg"].removeprefix("Value error, ")
+        raise TQError(f"{variable}={first['input']!r}: {message}") from None
+
+
+def load_settings() -> Settings:
+    """Return the settings of the environment.
+
+    Raises
+    ------
+    TQError
+        For an unknown ``TQ_`` variable or an invalid value; names the variable.
+    """
+    return _load(tuple(sorted((name, os.environ[name]) for name in _given(os.environ))))
+
+
+def _parse_layers(text: str) -> tuple[list[tuple[int, int]], bool]:
+    """Ranges of layers, both ends included, and whether sliding-window layers are meant."""
+    ranges, sliding = [], False
+    for part in (p.strip() for p in text.split(",")):
+        if part in ("", "none"):
+            continue
+        if part in ("sliding", "sliding_window"):
+            sliding = True
+            continue
+        match = _LAYERS.fullmatch(part)
+        if match is None:
+            raise ValueError(
+                f"{part!r} names no layers: use numbers (0, -1), ranges (0-3), 'sliding' or "
+                "'none', separated by commas"
+            )
+        first = int(match[1])
+        last = first if match[2] is None else int(match[2])
+        if match[2] is not None and not 0 <= first <= last:
+            raise ValueError(f"{part!r} is no range of layers: use first-last, such as 0-3")
+        ranges.append((first, last))
+    return ranges, sliding
+
+
+def skipped_layers(text: str, num_layers: int) -> tuple[frozenset[int], bool]:
+    """Layers that ``TQ_SKIP_LAYERS`` names.
+
+    Parameters
+    ----------
+    text : str
+        The value of the variable.
+    num_layers : int
+        Layers of the model.
+
+    Returns
+    -------
+    layers : frozenset of int
+        Numbers from 0.
+    sliding : bool
+        Whether all layers with a sliding window are meant too.
+
+    Raises
+    ------
+    TQError
+        For a layer that the model does not have.
+    """
+    ranges, sliding = _parse_layers(text)
+    layers: set[int] = set()
+    for first, last in ranges:
+        if not (-num_layers <= first and last < num_layers):
+            raise TQError(
+                f"TQ_SKIP_LAYERS={text!r}: the model has layers 0 to {num_layers - 1}; name those"
+            )
+        layers.update(n % num_layers for n in range(first, last + 1))
+    return frozenset(layers), sliding
+

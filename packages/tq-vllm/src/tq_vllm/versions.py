@@ -1,0 +1,34 @@
+"""The versions of vLLM that the backend is written for."""
+
+from __future__ import annotations
+
+from packaging.version import Version
+from tq_core import TQError
+
+__all__ = ["FIRST", "UNTIL", "check_vllm_version"]
+
+#: First supported version, and the first one that is not.
+FIRST, UNTIL = "0.29", "0.34"
+
+
+def check_vllm_version(version: str | None = None) -> None:
+    """Raise unless the version of vLLM, by default the installed one's, is supported.
+
+    Raises
+    ------
+    TQError
+        With the version found and the supported range.
+    ImportError
+        If vLLM is not installed.
+    """
+    if version is None:
+        import vllm
+
+        version = vllm.__version__
+    if version == "dev":  # a source tree without version, whose owner knows what it is
+        return
+    if not Version(FIRST) <= Version(version) < Version(UNTIL):
+        raise TQError(
+            f"vllm {version}: tq-vllm supports vllm >= {FIRST}, < {UNTIL}; install one of these, "
+            "or unset the TQ_ variables and --attention-backend CUSTOM"
+        )

@@ -1,0 +1,183 @@
+"""Engines of real vLLM on the CPU, and the same arithmetic done with transformers."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+try:
+    import vllm  # noqa: F401
+except ImportError:
+    collect_ignore_glob = ["test_*.py"]
+    print("tests/serving: left out, vllm is not installed (nox -s 'tests(vllm)' installs it)")
+else:
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+MEMORY = 8 << 20
+
+
+class Engine:
+    """An engine in this process."""
+
+    def __init__(self, llm: Any) -> None:
+        self.llm = llm
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], tokens: int, **params: Any
+    ) -> list[Any]:
+        """Greedy continuation of token ids."""
+        from vllm import SamplingParams
+
+        asked = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, **params)
+        inputs = [{"prompt_token_ids": list(p)} for p in prompts]
+        return self.llm.generate(inputs, asked, use_tqdm=False)
+
+    def tokens(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
+        return [list(o.outputs[0].token_ids) for o in self.generate(prompts, tokens)]
+
+    def metric(self, name: str) -> float:
+        return sum(
+            m.value for m in self.llm.get_metrics() if m.name == name and hasattr(m, "value")
+        )
+
+    @property
+    def config(self) -> Any:
+        return self.llm.llm_engine.vllm_config
+
+    @property
+    def layers(self) -> dict[str, Any]:
+        return self.config.compilation_config.static_forward_context
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that the cache holds, as vLLM counts them."""
+        cache = self.config.cache_config
+        return cache.num_gpu_blocks * cache.block_size
+
+
+@contextmanager
+def start_engine(model: Path, settings: dict[str, str], **options: Any) -> Iterator[Engine]:
+    from tq_vllm import register
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.v1.attention import selector
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    defaults: dict[str, Any] = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "kv_cache_memory_bytes": MEMORY,
+        "max_model_len": 512,
+        "max_num_seqs": 8,
+        "block_size": 16,
+        "disable_log_stats": False,
+    }
+    old = {n: v for n, v in os.environ.items() if n.startswith(("TQ_", "TQ4_"))}
+    for name in old:
+        del os.environ[name]
+    os.environ.update(settings)
+    AttentionBackendEnum.CPU_ATTN.clear_override()
+    selector._cached_get_attn_backend.cache_clear()
+    register()
+    llm = LLM(str(model), **{**defaults, **options})
+    try:
+        yield Engine(llm)
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+        for name in settings:
+            os.environ.pop(name, None)
+        os.environ.update(old)
+        AttentionBackendEnum.CPU_ATTN.clear_override()
+        selector._cached_get_attn_backend.cache_clear()
+
+
+class Continuation(NamedTuple):
+    """Greedy tokens, and the log-probability of each."""
+
+    tokens: list[int]
+    logprobs: list[float]
+
+
+class Reference:
+    """Greedy generation with transformers, keys and values rounded as pages round them."""
+
+    def __init__(self, model: Path, fmt: Any, exact: bool = False, kept: Sequence[int] = ()) -> None:
+        import torch
+        from tq_kernels import decode_tokens, encode_tokens
+        from transformers import AutoModelForCausalLM, DynamicCache
+
+        class RoundedCache(DynamicCache):
+            def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+                if layer_idx in kept:
+                    return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+                k = decode_tokens(encode_tokens(key_states, fmt, "k"), fmt, "k")
+                v = decode_tokens(encode_tokens(value_states, fmt, "v"), fmt, "v")
+                seen = super().update(k, v, layer_idx, *args, **kwargs)
+                return (key_states, value_states) if exact and k.shape[2] > 1 else seen
+
+        self._torch, self._cache = torch, RoundedCache
+        self.model = AutoModelForCausalLM.from_pretrained(
+            model, dtype=torch.float32, local_files_only=True
+        ).eval()
+
+    def __call__(self, prompt: Sequence[int], tokens: int) -> Continuation:
+        torch = self._torch
+        cache, found, logprobs = self._cache(config=self.model.config), [], []
+        ids = torch.tensor([list(prompt)])
+        with torch.no_grad():
+            for _ in range(tokens):
+                logits = self.model(ids, past_key_values=cache, use_cache=True).logits[0, -1]
+                found.append(int(logits.argmax()))
+                logprobs.append(float(logits.log_softmax(-1)[found[-1]]))
+                ids = torch.tensor([found[-1:]])
+        return Continuation(found, logprobs)
+
+
+def held_out_prompts(lengths: Sequence[int]) -> list[list[int]]:
+    """Prompts of held-out text as token ids."""
+    from tq_hf.models import held_out_documents, model_path
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(model_path() / "tokenizer.json"))
+    documents = held_out_documents()
+    prompts = []
+    for n, length in enumerate(lengths):
+        ids = tokenizer.encode(documents[n % len(documents)].text)
+        start = 40 * n
+        prompts.append(ids[start : start + length])
+        assert len(prompts[-1]) == length
+    return prompts
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Path:
+    from tq_hf.models import model_path
+
+    return model_path("tiny")
+
+
+@pytest.fixture(scope="session")
+def prompts() -> list[list[int]]:
+    return held_out_prompts([150, 37, 16, 90, 129, 200])
+
+
+@pytest.fixture(scope="session")
+def start():
+    return start_engine
+
+
+@pytest.fixture(scope="session")
+def reference():
+    return Reference
