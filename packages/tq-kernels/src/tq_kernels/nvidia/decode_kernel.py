@@ -1,0 +1,545 @@
+"""Split-KV decode on packed codes, one warp a program, codes straight into int8 tensor cores.
+
+A program walks a contiguous range of 64-token tiles of the flattened list of all
+(sequence, KV head) pairs, so every program has the same amount of work whatever the lengths
+are, and leaves one partial result for each pair it touched. Within a warp, with lane
+``4 g + t`` (``g`` 0-7, ``t`` 0-3) and the m16n8k32 fragments of PTX:
+
+- scores are computed transposed, ``K Qᵀ``: rows are tokens, the 8 columns are four query
+  rows with a high and a low int8 digit each (16 bits of query). Lane ``(g, t)`` receives query
+  row ``t`` for tokens ``8 g .. 8 g + 7`` of the tile;
+- the weights times the value scale become two int8 digits, and eight shuffles turn them
+  into the second operand of ``Vᵀ P``, whose result lies on lane ``(g, t)`` for query row ``t``
+  again. Nothing goes through shared memory and no barrier is needed.
+
+Every tensor of the kernel has 32 elements, one a lane.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from tq_kernels.nvidia.ptx import load_words, pv_tile, qk_tile
+
+__all__ = ["TILE", "decode_partials"]
+
+#: Tokens a tile.
+TILE = tl.constexpr(64)
+
+
+@triton.jit
+def _shuffle(x, source):
+    """Lane ``i`` receives ``x`` of lane ``source[i]``."""
+    return tl.inline_asm_elementwise(
+        "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;",
+        "=r,r,r",
+        [x, source],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def _butterfly(x, distance: tl.constexpr):
+    """Lane ``i`` receives float ``x`` of lane ``i ^ distance``."""
+    return tl.inline_asm_elementwise(
+        "shfl.sync.bfly.b32 $0, $1, $2, 31, 0xffffffff;",
+        "=f,f,r",
+        [x, distance],
+        dtype=tl.float32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def _max_over_groups(x):
+    x = tl.maximum(x, _butterfly(x, 4))
+    x = tl.maximum(x, _butterfly(x, 8))
+    return tl.maximum(x, _butterfly(x, 16))
+
+
+@triton.jit
+def _sum_over_groups(x):
+    x += _butterfly(x, 4)
+    x += _butterfly(x, 8)
+    return x + _butterfly(x, 16)
+
+
+@triton.jit
+def _load(address, COUNT: tl.constexpr):
+    """``COUNT`` consecutive words at each lane's byte address, as a tuple."""
+    asm: tl.constexpr = load_words(COUNT)[0]
+    constraints: tl.constexpr = load_words(COUNT)[1]
+    return tl.inline_asm_elementwise(
+        asm, constraints, [address], dtype=(tl.int32,) * COUNT, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def _load_keys(
+    record, token, shift, lane_t, BITS: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr
+):
+    """Words of one token's row that belong to lane ``t``: nibble-words ``t D/32 ...``."""
+    NW: tl.constexpr = D // 32
+    if BITS == 3:
+        low = record + token * (D // 4) + lane_t * (2 * NW)
+        high = record + PAGE * D // 4 + token * (D // 8) + lane_t * NW // 4 * 4
+        words = _load(low, NW // 2)
+        upper = _load(high, max(1, NW // 4))
+        if NW < 4:
+            return words + (upper[0] >> shift,)
+        else:
+            return words + upper
+    else:
+        return _load(record + token * (D * BITS // 8) + lane_t * (NW * BITS), NW * BITS // 4)
+
+
+@triton.jit
+def _load_values(
+    record, quad, shift, lane_g, BITS: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr
+):
+    """Words of one quad for lane ``g``: rows ``g`` and ``g + 8`` of every fragment."""
+    NW: tl.constexpr = D // 32
+    if BITS == 3:
+        low = record + quad * D + lane_g * (2 * NW)
+        high = record + PAGE * D // 4 + quad * (D // 2) + lane_g * NW // 4 * 4
+        first = _load(low, NW // 2)
+        second = _load(low + D // 2, NW // 2)
+        high_first = _load(high, max(1, NW // 4))
+        high_second = _load(high + D // 4, max(1, NW // 4))
+        if NW < 4:
+            return first + (high_first[0] >> shift,) + second + (high_second[0] >> shift,)
+        else:
+            return first + high_first + second + high_second
+    else:
+        start = record + quad * (D * BITS // 2) + lane_g * (NW * BITS)
+        return _load(start, NW * BITS // 4) + _load(start + D * BITS // 4, NW * BITS // 4)
+
+
+@triton.jit
+def _half(word, UPPER: tl.constexpr):
+    """One of the two fp16 numbers of a word, as float32."""
+    bits = (word >> 16) if UPPER else word
+    return bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _load_tile(
+    pages,
+    block_table,
+    kv_head,
+    tile,
+    last_page,
+    lane_g,
+    lane_t,
+    page_stride,
+    record_stride,
+    K_BITS: tl.constexpr,
+    V_BITS: tl.constexpr,
+    D: tl.constexpr,
+    PAGE: tl.constexpr,
+):
+    """Everything a lane needs of one tile: key words, value words, scales (packed fp16)."""
+    K_BYTES: tl.constexpr = PAGE * D * K_BITS // 8
+    V_BYTES: tl.constexpr = PAGE * D * V_BITS // 8
+    NW: tl.constexpr = D // 32
+    k_token = tile * 64 + lane_g * 8
+    v_token = tile * 64 + lane_t * 16
+    k_page = tl.load(block_table + tl.minimum(k_token // PAGE, last_page)).to(tl.int64)
+    v_page = tl.load(block_table + tl.minimum(v_token // PAGE, last_page)).to(tl.int64)
+    k_record = pages + k_page * page_stride + kv_head * record_stride
+    v_record = pages + v_page * page_stride + kv_head * record_stride + K_BYTES
+    k_shift = (lane_t & 1) * 2
+    v_shift = (lane_g & 1) * 2
+    keys = ()
+    for i in tl.static_range(8):
+        keys = keys + _load_keys(k_record, k_token % PAGE + i, k_shift, lane_t, K_BITS, D, PAGE)
+    scales = k_record + K_BYTES + V_BYTES + (k_token % PAGE) * 2
+    k_scales = _load(scales, 4)
+    v_scales = _load(scales + PAGE * 2, 4)
+    values = ()
+    for i in tl.static_range(4):
+        values = values + _load_values(
+            v_record, (v_token % PAGE) // 4 + i, v_shift, lane_g, V_BITS, D, PAGE
+        )
+    return keys, values, k_scales, v_scales
+
+
+@triton.jit
+def _scores(
+    keys,
+    query,
+    table,
+    PER_ROW: tl.constexpr,
+    K_BITS: tl.constexpr,
+    D: tl.constexpr,
+    NB: tl.constexpr,
+):
+    """Integer scores: for each block of rows 8 tokens of a lane, high and low digits joined."""
+    NW: tl.constexpr = D // 32
+    asm: tl.constexpr = qk_tile(K_BITS, NW, NB)[0]
+    constraints: tl.constexpr = qk_tile(K_BITS, NW, NB)[1]
+    out = ()
+    for i in tl.static_range(4):
+        c = tl.inline_asm_elementwise(
+            asm,
+            constraints,
+            keys[2 * i * PER_ROW : 2 * (i + 1) * PER_ROW] + table + query,
+            dtype=(tl.int32,) * (4 * NB),
+            is_pure=True,
+            pack=1,
+        )
+        for n in tl.static_range(NB):
+            out = out + (c[4 * n] * 256 + c[4 * n + 1], c[4 * n + 2] * 256 + c[4 * n + 3])
+    return out
+
+
+@triton.jit
+def _byte_of_each(a, b, c, d):
+    """The low bytes of four registers in one."""
+    return tl.inline_asm_elementwise(
+        "{ .reg .b32 x, y; prmt.b32 x, $1, $2, 0x0040; prmt.b32 y, $3, $4, 0x0040; "
+        "prmt.b32 $0, x, y, 0x5410; }",
+        "=r,r,r,r,r",
+        [a, b, c, d],
+        dtype=tl.int32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
+def _second_byte_of_each(a, b, c, d):
+    """The second bytes of four registers in one."""
+    return tl.inline_asm_elementwise(
+        "{ .reg .b32 x, y; prmt.b32 x, $1, $2, 0x0051; prmt.b32 y, $3, $4, 0x0051; "
+        "prmt.b32 $0, x, y, 0x5410; }",
+        "=r,r,r,r,r",
+        [a, b, c, d],
+        dtype=tl.int32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
+def _joined(sums, AT: tl.constexpr):
+    """High and low digit sums ``AT`` and ``AT + 1`` as one float."""
+    return (sums[AT] * 256 + sums[AT + 1]).to(tl.float32)
+
+
+@triton.jit
+def _weigh(
+    values,
+    weights,
+    table,
+    I: tl.constexpr,
+    V_BITS: tl.constexpr,
+    NW: tl.constexpr,
+    NB: tl.constexpr,
+):
+    """Integer weighted sums of the dimensions in nibble-word ``I`` of both halves."""
+    WORDS: tl.constexpr = 1 if V_BITS == 2 or V_BITS == 4 else 2
+    ROW: tl.constexpr = NW * V_BITS // 4 if V_BITS != 3 else NW // 2 + max(1, NW // 4)
+    asm: tl.constexpr = pv_tile(V_BITS, WORDS, I, NB)[0]
+    constraints: tl.constexpr = pv_tile(V_BITS, WORDS, I, NB)[1]
+    operands = ()
+    for part in tl.static_range(8):
+        if V_BITS == 8:
+            operands = operands + (values[part * ROW + 2 * I], values[part * ROW + 2 * I + 1])
+        elif V_BITS == 3:
+            operands = operands + (
+                values[part * ROW + I // 2],
+                values[part * ROW + NW // 2 + I // 4],
+            )
+        else:
+            operands = operands + (values[part * ROW + I * V_BITS // 4],)
+    return tl.inline_asm_elementwise(
+        asm,
+        constraints,
+        operands + table + weights,
+        dtype=(tl.int32,) * (8 * NB),
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
+def _attend(
+    keys,
+    values,
+    k_scales,
+    v_scales,
+    query,
+    affine,
+    limits,
+    starts,
+    state,
+    token,
+    lane,
+    k_table,
+    v_table,
+    soft_cap,
+    K_BITS: tl.constexpr,
+    V_BITS: tl.constexpr,
+    D: tl.constexpr,
+    NB: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CAP: tl.constexpr,
+):
+    """One tile into the running state, a tuple for each block: (max, sum, centre, sums ...)."""
+    NW: tl.constexpr = D // 32
+    PER_ROW: tl.constexpr = NW * K_BITS // 4 if K_BITS != 3 else NW // 2 + max(1, NW // 4)
+    DIGITS: tl.constexpr = 12582912.0  # 1.5 * 2^23: adding it rounds to an integer
+    WIDTH: tl.constexpr = 3 + D // 8
+    dots = _scores(keys, query, k_table, PER_ROW, K_BITS, D, NB)
+    weights = ()
+    gains = ()
+    for n in tl.static_range(NB):
+        row_max = state[n * WIDTH]
+        logits = ()
+        tile_max = row_max
+        for i in tl.static_range(8):
+            dot = dots[(i // 2) * 2 * NB + 2 * n + i % 2].to(tl.float32)
+            logit = (dot * affine[2 * n] + affine[2 * n + 1]) * _half(k_scales[i // 2], i % 2 == 1)
+            if CAP:
+                tanh = 1.0 - 2.0 / (1.0 + tl.exp2(logit * (2.0 / soft_cap)))
+                logit = soft_cap * 1.4426950408889634 * tanh
+            visible = token + i < limits[n]
+            if WINDOW:
+                visible = visible & (token + i >= starts[n])
+            logit = tl.where(visible, logit, float("-inf"))
+            tile_max = tl.maximum(tile_max, logit)
+            logits = logits + (logit,)
+        tile_max = _max_over_groups(tile_max)
+        safe_max = tl.maximum(tile_max, -1e30)
+        shrink = tl.exp2(row_max - safe_max)
+        products = ()
+        row_sum = state[n * WIDTH + 1] * shrink
+        top = tl.zeros([32], tl.float32)
+        for i in tl.static_range(8):
+            p = tl.exp2(logits[i] - safe_max)
+            row_sum += p
+            product = tl.where(p > 0.0, p * _half(v_scales[i // 2], i % 2 == 1), 0.0)
+            top = tl.maximum(top, product)
+            products = products + (product,)
+        top = tl.maximum(_max_over_groups(top), 1e-30)
+        gain = 32639.0 / top
+        unit = top * (1.0 / 32639.0)
+        total = tl.zeros([32], tl.float32)
+        digits = ()
+        for i in tl.static_range(8):
+            rounded = products[i] * gain + DIGITS
+            total += rounded - DIGITS
+            digits = digits + (rounded.to(tl.int32, bitcast=True),)
+        low = (
+            _byte_of_each(digits[0], digits[1], digits[2], digits[3]),
+            _byte_of_each(digits[4], digits[5], digits[6], digits[7]),
+        )
+        high = (
+            _second_byte_of_each(
+                digits[0] + 128, digits[1] + 128, digits[2] + 128, digits[3] + 128
+            ),
+            _second_byte_of_each(
+                digits[4] + 128, digits[5] + 128, digits[6] + 128, digits[7] + 128
+            ),
+        )
+        for step in tl.static_range(2):
+            source = (2 * (lane % 4) + step) * 4 + lane // 8
+            for quad in tl.static_range(2):
+                first = _shuffle(high[quad], source)
+                second = _shuffle(low[quad], source)
+                weights = weights + (tl.where((lane // 4) % 2 == 0, first, second),)
+        gains = gains + (
+            tile_max,
+            row_sum,
+            state[n * WIDTH + 2] * shrink + total * unit,
+            shrink,
+            unit,
+        )
+
+    sums = ()
+    for i in tl.static_range(NW):
+        sums = sums + _weigh(values, weights, v_table, i, V_BITS, NW, NB)
+    new_state = ()
+    for n in tl.static_range(NB):
+        new_state = new_state + (gains[5 * n], gains[5 * n + 1], gains[5 * n + 2])
+        for i in tl.static_range(NW):
+            for parity in tl.static_range(2):
+                for half in tl.static_range(2):
+                    joined = _joined(sums, i * 8 * NB + parity * 4 * NB + 4 * n + 2 * half)
+                    old = state[n * WIDTH + 3 + i * 4 + parity * 2 + half]
+                    new_state = new_state + (old * gains[5 * n + 3] + joined * gains[5 * n + 4],)
+    return new_state
+
+
+@triton.jit
+def decode_partials(
+    pages,
+    block_table,
+    seq_lens,
+    cu_query_lens,
+    q_digits,
+    q_affine,
+    partial_out,
+    partial_stats,
+    k_table0,
+    k_table1,
+    k_table2,
+    k_table3,
+    v_table0,
+    v_table1,
+    v_table2,
+    v_table3,
+    v_center,
+    v_step,
+    soft_cap,
+    window,
+    batch,
+    kv_heads,
+    group,
+    programs,
+    page_stride,
+    record_stride,
+    block_table_stride,
+    K_BITS: tl.constexpr,
+    V_BITS: tl.constexpr,
+    D: tl.constexpr,
+    PAGE: tl.constexpr,
+    NB: tl.constexpr,
+    BATCH_BLOCK: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CAP: tl.constexpr,
+):
+    """Partial attention of every (program, pair) that meet; see the module's description.
+
+    ``partial_out`` float32 ``[programs + pairs, 4 NB, D]`` and ``partial_stats`` float32
+    ``[programs + pairs, 4 NB, 2]`` (base-2 maximum, sum) receive slot ``program + pair``.
+    """
+    NW: tl.constexpr = D // 32
+    WIDTH: tl.constexpr = 3 + D // 8
+    program = tl.program_id(0)
+    lane = tl.arange(0, 32)
+    lane_g = lane // 4
+    lane_t = lane % 4
+    pages_address = pages.to(tl.int64)
+
+    sequences = tl.arange(0, BATCH_BLOCK)
+    lengths = tl.load(seq_lens + sequences, mask=sequences < batch, other=0)
+    tiles_of = (lengths + 63) // 64 * kv_heads
+    ends = tl.cumsum(tiles_of, 0)
+    total = tl.sum(tiles_of, 0)
+    per_program = (total + programs - 1) // programs
+    position = program * per_program
+    stop = tl.minimum(position + per_program, total)
+
+    while position < stop:
+        sequence = tl.sum((ends <= position).to(tl.int32), 0)
+        before = tl.sum(tl.where(sequences < sequence, tiles_of, 0), 0)
+        length = tl.load(seq_lens + sequence)
+        tiles = (length + 63) // 64
+        kv_head = (position - before) // tiles
+        first = (position - before) % tiles
+        count = tl.minimum(tiles - first, stop - position)
+        pair = sequence * kv_heads + kv_head
+        query_start = tl.load(cu_query_lens + sequence)
+        query_len = tl.load(cu_query_lens + sequence + 1) - query_start
+        table = block_table + sequence.to(tl.int64) * block_table_stride
+        last_page = tl.maximum(length - 1, 0) // PAGE
+
+        query = ()
+        affine = ()
+        limits = ()
+        starts = ()
+        state = ()
+        for n in tl.static_range(NB):
+            block = (pair * NB + n).to(tl.int64)
+            address = q_digits.to(tl.int64) + (block * 8 + lane_g) * D + lane_t * (D // 4)
+            query = query + _load(address, D // 16)
+            row = n * 4 + lane_t
+            scale = tl.load(q_affine + (block * 4 + lane_t) * 2)
+            bias = tl.load(q_affine + (block * 4 + lane_t) * 2 + 1)
+            affine = affine + (scale, bias)
+            limit = tl.minimum(length - query_len + row // group + 1, length)
+            limits = limits + (limit,)
+            starts = starts + (limit - window,)
+            state = state + (tl.full([32], float("-inf"), tl.float32),)
+            for _ in tl.static_range(WIDTH - 1):
+                state = state + (tl.zeros([32], tl.float32),)
+
+        keys, values, k_scales, v_scales = _load_tile(
+            pages_address,
+            table,
+            kv_head,
+            first,
+            last_page,
+            lane_g,
+            lane_t,
+            page_stride,
+            record_stride,
+            K_BITS,
+            V_BITS,
+            D,
+            PAGE,
+        )
+        for tile in range(first, first + count):
+            next_tile = tl.minimum(tile + 1, first + count - 1)
+            next_keys, next_values, next_k_scales, next_v_scales = _load_tile(
+                pages_address,
+                table,
+                kv_head,
+                next_tile,
+                last_page,
+                lane_g,
+                lane_t,
+                page_stride,
+                record_stride,
+                K_BITS,
+                V_BITS,
+                D,
+                PAGE,
+            )
+            state = _attend(
+                keys,
+                values,
+                k_scales,
+                v_scales,
+                query,
+                affine,
+                limits,
+                starts,
+                state,
+                tile * 64 + lane_g * 8,
+                lane,
+                (k_table0, k_table1, k_table2, k_table3),
+                (v_table0, v_table1, v_table2, v_table3),
+                soft_cap,
+                K_BITS,
+                V_BITS,
+                D,
+                NB,
+                WINDOW,
+                CAP,
+            )
+            keys = next_keys
+            values = next_values
+            k_scales = next_k_scales
+            v_scales = next_v_scales
+
+        slot = (program + pair).to(tl.int64)
+        for n in tl.static_range(NB):
+            row = slot * (4 * NB) + n * 4 + lane_t
+            row_sum = _sum_over_groups(state[n * WIDTH + 1])
+            centre = _sum_over_groups(state[n * WIDTH + 2]) * v_center
+            tl.store(partial_stats + row * 2, state[n * WIDTH], mask=lane_g == 0)
+            tl.store(partial_stats + row * 2 + 1, row_sum, mask=lane_g == 0)
+            for i in tl.static_range(NW):
+                for parity in tl.static_range(2):
+                    for half in tl.static_range(2):
+                        dim = half * (D // 2) + 2 * (lane_g * NW + i) + parity
+                        value = state[n * WIDTH + 3 + i * 4 + parity * 2 + half] - centre
+                        tl.store(partial_out + row * D + dim, value * v_step)
+        position += count

@@ -1,0 +1,208 @@
+"""What surrounds the warp kernel: queries into int8 digits, partial results into outputs.
+
+Both kernels work on *rows*: row ``4 NB pair + r`` of a (sequence, KV head) pair is query
+``r div group`` of the sequence and query head ``kv_head * group + r mod group``; rows past
+the last query are padding. The rotation is a dense matrix product on tensor cores. Hadamard
+rotations of a power-of-two size are integers up to 2048 times a constant, exact in fp16.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+__all__ = ["combine_partials", "prepare_queries"]
+
+
+@triton.jit
+def _row_place(rows, cu_query_lens, group, kv_heads, pairs, ROWS_PER_PAIR: tl.constexpr):
+    """Sequence, KV head, query token, query head and validity of each row."""
+    pair = rows // ROWS_PER_PAIR
+    inside = rows % ROWS_PER_PAIR
+    exists = pair < pairs
+    sequence = tl.where(exists, pair // kv_heads, 0)
+    kv_head = pair % kv_heads
+    start = tl.load(cu_query_lens + sequence)
+    query_len = tl.load(cu_query_lens + sequence + 1) - start
+    valid = exists & (inside < query_len * group)
+    token = (start + inside // group).to(tl.int64)
+    head = kv_head * group + inside % group
+    return pair, sequence, kv_head, token, head, valid
+
+
+@triton.jit
+def prepare_queries(
+    q,
+    rotation,
+    cu_query_lens,
+    q_digits,
+    q_affine,
+    logit_scale,
+    k_center,
+    group,
+    kv_heads,
+    pairs,
+    q_token_stride,
+    q_head_stride,
+    D: tl.constexpr,
+    NB: tl.constexpr,
+    ROWS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Rotate queries and split them into two int8 digits.
+
+    ``q_digits`` int8 ``[pairs, NB, 4, 2, D]`` and ``q_affine`` float32 ``[pairs, NB, 4, 2]``
+    with the scale and offset that turn an integer dot product into a base-2 logit.
+    """
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    dims = tl.arange(0, D)
+    _, _, _, token, head, valid = _row_place(rows, cu_query_lens, group, kv_heads, pairs, 4 * NB)
+    offsets = token * q_token_stride + head.to(tl.int64) * q_head_stride
+    x = tl.load(q + offsets[:, None] + dims[None, :], mask=valid[:, None], other=0.0).to(tl.float32)
+    # A power of two brings any input into the range of fp16 without rounding it.
+    top = tl.maximum(tl.max(tl.abs(x), 1), 1e-30)
+    unit = tl.exp2(tl.floor(tl.log2(top)))
+    matrix = tl.load(rotation + dims[:, None] * D + dims[None, :])
+    y = tl.dot((x / unit[:, None]).to(matrix.dtype), matrix, input_precision=PRECISION)
+    peak = tl.maximum(tl.max(tl.abs(y), 1), 1e-30)
+    rounded = (y * (32639.0 / peak)[:, None] + 12582912.0) - 12582912.0
+    total = tl.sum(rounded, 1)
+    digits = rounded.to(tl.int32)
+    high = (digits + 128) >> 8
+    low = digits - high * 256
+    inside = rows < pairs * 4 * NB
+    place = (rows * (2 * D)).to(tl.int64)[:, None] + dims[None, :]
+    tl.store(q_digits + place, high.to(tl.int8), mask=inside[:, None])
+    tl.store(q_digits + place + D, low.to(tl.int8), mask=inside[:, None])
+    scale = unit * peak * (logit_scale / 32639.0)
+    tl.store(q_affine + rows * 2, scale, mask=inside)
+    tl.store(q_affine + rows * 2 + 1, -k_center * total * scale, mask=inside)
+
+
+@triton.jit
+def combine_partials(
+    partial_out,
+    partial_stats,
+    seq_lens,
+    cu_query_lens,
+    rotation,
+    sinks,
+    out,
+    lse,
+    rotation_scale,
+    batch,
+    group,
+    kv_heads,
+    programs,
+    pairs,
+    out_token_stride,
+    out_head_stride,
+    lse_token_stride,
+    D: tl.constexpr,
+    NB: tl.constexpr,
+    ROWS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BATCH_BLOCK: tl.constexpr,
+    SINKS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Merge the partial results of every row, rotate back and write output and LSE.
+
+    With ``SPLITS`` = 1 a program merges ``ROWS`` rows one partial result after the other;
+    otherwise it merges one row, ``SPLITS`` partial results at a time.
+    """
+    RP: tl.constexpr = 4 * NB
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    dims = tl.arange(0, D)
+    pair, sequence, kv_head, token, head, valid = _row_place(
+        rows, cu_query_lens, group, kv_heads, pairs, RP
+    )
+    sequences = tl.arange(0, BATCH_BLOCK)
+    lengths = tl.load(seq_lens + sequences, mask=sequences < batch, other=0)
+    tiles_of = (lengths + 63) // 64
+    total = tl.sum(tiles_of, 0) * kv_heads
+    per_program = tl.maximum((total + programs - 1) // programs, 1)
+    before = tl.sum(tl.where(sequences[None, :] < sequence[:, None], tiles_of[None, :], 0), 1)
+    tiles = tl.sum(tl.where(sequences[None, :] == sequence[:, None], tiles_of[None, :], 0), 1)
+    start = before * kv_heads + kv_head * tiles
+    first = start // per_program
+    count = tl.where(valid & (tiles > 0), (start + tiles - 1) // per_program - first + 1, 0)
+    slot = first + pair
+
+    if SPLITS == 1:
+        row_max = tl.full([ROWS], float("-inf"), tl.float32)
+        row_sum = tl.zeros([ROWS], tl.float32)
+        acc = tl.zeros([ROWS, D], tl.float32)
+        for i in range(tl.max(count, 0)):
+            live = i < count
+            at = (slot + i).to(tl.int64) * RP + rows % RP
+            m = tl.load(partial_stats + at * 2, mask=live, other=float("-inf"))
+            s = tl.load(partial_stats + at * 2 + 1, mask=live, other=0.0)
+            o = tl.load(
+                partial_out + at[:, None] * D + dims[None, :], mask=live[:, None], other=0.0
+            )
+            new_max = tl.maximum(row_max, m)
+            safe = tl.maximum(new_max, -1e30)
+            old = tl.exp2(row_max - safe)
+            new = tl.exp2(m - safe)
+            acc = acc * old[:, None] + o * new[:, None]
+            row_sum = row_sum * old + s * new
+            row_max = new_max
+    else:
+        # one row: ROWS is 1 and reductions over it give scalars
+        splits = tl.arange(0, SPLITS)
+        n = tl.max(count, 0)
+        base = tl.max(slot, 0).to(tl.int64)
+        row = tl.max(rows % RP, 0)
+        best = tl.full([SPLITS], float("-inf"), tl.float32)
+        part_sum = tl.zeros([SPLITS], tl.float32)
+        part = tl.zeros([SPLITS, D], tl.float32)
+        for i in range(0, n, SPLITS):
+            live = i + splits < n
+            at = (base + i + splits) * RP + row
+            m = tl.load(partial_stats + at * 2, mask=live, other=float("-inf"))
+            s = tl.load(partial_stats + at * 2 + 1, mask=live, other=0.0)
+            o = tl.load(
+                partial_out + at[:, None] * D + dims[None, :], mask=live[:, None], other=0.0
+            )
+            new_best = tl.maximum(best, m)
+            safe = tl.maximum(new_best, -1e30)
+            old = tl.exp2(best - safe)
+            new = tl.exp2(m - safe)
+            part = part * old[:, None] + o * new[:, None]
+            part_sum = part_sum * old + s * new
+            best = new_best
+        top = tl.max(best, 0)
+        share = tl.exp2(best - tl.maximum(top, -1e30))
+        row_max = tl.full([ROWS], 0.0, tl.float32) + top
+        row_sum = tl.full([ROWS], 0.0, tl.float32) + tl.sum(part_sum * share, 0)
+        acc = tl.sum(part * share[:, None], 0)[None, :] + tl.zeros([ROWS, D], tl.float32)
+
+    denominator = row_sum
+    if SINKS:
+        sink = tl.load(sinks + head, mask=valid, other=float("-inf")).to(tl.float32)
+        sink = sink * 1.4426950408889634
+        new_max = tl.maximum(row_max, sink)
+        safe = tl.maximum(new_max, -1e30)
+        old = tl.exp2(row_max - safe)
+        acc = acc * old[:, None]
+        denominator = row_sum * old + tl.exp2(sink - safe)
+        row_max = new_max
+    empty = denominator == 0.0
+    acc = acc / tl.where(empty, 1.0, denominator)[:, None]
+    matrix = tl.load(rotation + dims[:, None] * D + dims[None, :])
+    if ROWS == 1:
+        result = tl.sum(tl.sum(acc, 0)[:, None] * matrix.to(tl.float32), 0)[None, :]
+    else:
+        # fp16 has 11 bits of mantissa: the remainder of the first product goes into a second
+        scale = tl.maximum(tl.max(tl.abs(acc), 1), 1e-30)
+        scaled = acc / scale[:, None]
+        high = scaled.to(matrix.dtype)
+        low = (scaled - high.to(tl.float32)).to(matrix.dtype)
+        result = tl.dot(high, matrix, input_precision=PRECISION)
+        result = tl.dot(low, matrix, result, input_precision=PRECISION) * scale[:, None]
+    result = result * rotation_scale
+    place = token[:, None] * out_token_stride + (head * out_head_stride)[:, None] + dims[None, :]
+    tl.store(out + place, result.to(out.dtype.element_ty), mask=valid[:, None])
+    value = tl.where(empty, float("-inf"), (row_max + tl.log2(denominator)) * 0.6931471805599453)
+    tl.store(lse + token * lse_token_stride + head, value, mask=valid)
