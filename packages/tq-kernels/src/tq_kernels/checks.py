@@ -99,13 +99,20 @@ def check_pages(pages: Tensor, fmt: KVFormat, kv_heads: int | None, device: torc
         )
 
 
-def check_range(name: str, tensor: Tensor, low: int, high: int, remedy: str) -> None:
-    """Raise unless ``low <= tensor < high`` everywhere; names the first bad entry."""
-    bad = (tensor < low) | (tensor >= high)
+def check_range(name: str, tensor: Tensor, low: int | None, high: int, remedy: str) -> None:
+    """Raise unless ``low <= tensor < high`` everywhere; names the first bad entry.
+
+    With ``low`` None any number below ``high`` will do.
+    """
+    wide = tensor.to(torch.int64)  # comparisons with larger numbers would wrap in int32
+    bad = wide >= high
+    if low is not None:
+        bad |= wide < low
     if bool(bad.any()):
         index = [int(i) for i in bad.nonzero()[0]]
         value = int(tensor[tuple(index)])
-        raise TQError(f"{name}{index} is {value}: needs {low} to {high - 1}; {remedy}")
+        limits = f"at most {high - 1}" if low is None else f"{low} to {high - 1}"
+        raise TQError(f"{name}{index} is {value}: needs {limits}; {remedy}")
 
 
 def check_cumulative(name: str, tensor: Tensor, total: int) -> None:

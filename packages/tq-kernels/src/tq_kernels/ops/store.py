@@ -46,7 +46,7 @@ def store_ref(k: Tensor, v: Tensor, pages: Tensor, slot_mapping: Tensor, fmt: KV
     slots = slot_mapping[kept].to(torch.int64)
     if values_checked(slots):
         limit = pages.shape[0] * fmt.page_size
-        check_range("slot_mapping", slot_mapping, -(2**62), limit, "allocate more pages")
+        check_range("slot_mapping", slot_mapping, None, limit, "allocate more pages")
     keys, values = encode_tokens(k[kept], fmt, "k"), encode_tokens(v[kept], fmt, "v")
     scales = [t.scales[..., None].view(torch.uint8) for t in (keys, values)]
     data = torch.cat((*keys.planes, *values.planes, *scales), dim=-1)
