@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ except ImportError:
     collect_ignore_glob = ["test_*.py"]
     print("tests/serving: left out, vllm is not installed (nox -s 'tests(vllm)' installs it)")
 else:
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # vLLM compiles the ranks of logprobs
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -65,14 +67,18 @@ class Engine:
 
 
 @contextmanager
-def start_engine(
-    model: Path, settings: dict[str, str], *, own_process: bool = False, **options: Any
-) -> Iterator[Engine]:
-    """Start an engine with settings.
+def _llvmlite_hidden() -> Iterator[None]:
+    """vLLM searches all modules for kernels and fails on llvmlite's, which n-grams load."""
+    hidden = {n: sys.modules.pop(n) for n in list(sys.modules) if n.startswith("llvmlite")}
+    try:
+        yield
+    finally:
+        sys.modules.update(hidden)
 
-    ``own_process`` is for what breaks later engines of the same process: once numba is loaded,
-    as n-gram speculation does, vLLM's search for Triton kernels in all modules fails.
-    """
+
+@contextmanager
+def start_engine(model: Path, settings: dict[str, str], **options: Any) -> Iterator[Engine]:
+    """Start an engine with settings, in this process."""
     from tq_vllm import register
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
@@ -94,9 +100,9 @@ def start_engine(
     os.environ.update(settings)
     AttentionBackendEnum.CPU_ATTN.clear_override()
     selector._cached_get_attn_backend.cache_clear()
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(own_process))
     register()
-    llm = LLM(str(model), **{**defaults, **options})
+    with _llvmlite_hidden():
+        llm = LLM(str(model), **{**defaults, **options})
     try:
         yield Engine(llm)
     finally:

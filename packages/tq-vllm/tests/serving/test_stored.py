@@ -116,6 +116,6 @@ def test_ngram_speculation_gives_the_same_tokens(start, tiny, prompts, expected)
         "prompt_lookup_max": 3,
         "prompt_lookup_min": 1,
     }
-    with start(tiny, K4V4, own_process=True, speculative_config=speculation) as engine:
+    with start(tiny, K4V4, speculative_config=speculation) as engine:
         assert engine.tokens(prompts, NEW) == expected
         assert engine.metric("vllm:spec_decode_num_accepted_tokens") > 0
