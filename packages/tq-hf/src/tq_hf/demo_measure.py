@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -113,24 +112,13 @@ def bytes_per_token(shape: ModelShape, k_bits: int, v_bits: int) -> int:
 
 
 def cache_factories(config: Any) -> dict[str, CacheFactory]:
-    """Return a factory of an empty cache for each of `FORMATS`.
-
-    Raises
-    ------
-    RuntimeError
-        If this installation of tq-hf has no ``TurboQuantCache``.
-    """
+    """Return a factory of an empty cache for each of `FORMATS`."""
     from transformers import DynamicCache
 
-    cache_class = getattr(importlib.import_module("tq_hf"), "TurboQuantCache", None)
-    if cache_class is None:
-        raise RuntimeError(
-            "tq_hf has no TurboQuantCache, so there is no compressed cache to show; "
-            "install a version of tq-hf that has one"
-        )
+    from tq_hf import TurboQuantCache
 
     def compressed(k_bits: int, v_bits: int) -> CacheFactory:
-        return lambda: cache_class(config, k_bits=k_bits, v_bits=v_bits)
+        return lambda: TurboQuantCache(config, k_bits=k_bits, v_bits=v_bits)
 
     return {
         name: DynamicCache if name == BASELINE else compressed(*bits)
@@ -245,8 +233,6 @@ def measure(
     ------
     ValueError
         If a text is too short, or more tokens are asked for than the model's context.
-    RuntimeError
-        If there is no compressed cache.
     """
     factories = cache_factories(model.config)
     limit = model.config.max_position_embeddings

@@ -1,0 +1,194 @@
+"""``TurboQuantCache``: the cache that ``model.generate(past_key_values=…)`` takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from tq_core import TQError
+from tq_kernels import KVFormat
+from tq_kernels.format import RotationName, ScaleName
+from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
+
+from tq_hf.attention import register
+from tq_hf.layer import CompressedLayer, LayerOptions
+from tq_hf.memory import MemoryUsage, measure_memory
+from tq_hf.model_layers import ModelLayer, model_layers, text_config
+
+__all__ = ["TurboQuantCache"]
+
+register()
+
+
+class TurboQuantCache(Cache):
+    """A KV cache of codes for decoder-only models of transformers.
+
+    Full-attention layers hold 2, 3, 4 or 8 bits a number and one 16-bit scale a vector; their
+    first ``sink_tokens`` and last ``window_tokens`` tokens stay as they came. Sliding-window
+    layers, recurrent layers and ``skip_layers`` are those of transformers' own cache. A token is
+    encoded once, when it leaves the window, and never again.
+
+    Models with ``"sdpa"`` attention (the default) or ``"turboquant"`` attention read the codes
+    in chunks, so a step needs no more memory for a long history than for a short one. With any
+    other attention the layer at work is decoded for the time of its step.
+
+    Parameters
+    ----------
+    config : PretrainedConfig
+        ``model.config``.
+    k_bits, v_bits : int
+        Bits of keys and values: 2, 3, 4 or 8.
+    sink_tokens : int
+        First tokens kept as they came. With left padding the padding counts.
+    window_tokens : int
+        Last tokens kept as they came, and up to 15 more, since tokens are encoded 16 at a time.
+    skip_layers : sequence of int
+        Layers that are not compressed; negative numbers count from the end.
+    rotation, rounds, seed, scale
+        See `tq_kernels.KVFormat`.
+    key_center : mapping of int to float tensor [kv_heads, head_dim], or tensor of all layers
+        Subtracted from the keys of a layer before they are encoded, for models whose keys have a
+        large common part.
+    offloading : bool
+        Keep all layers but the one at work on the CPU, as ``DynamicCache(offloading=True)`` does.
+
+    Raises
+    ------
+    TQError
+        For models and options that cannot work: encoder-decoders, latent attention, a
+        ``head_dim`` that is no multiple of 16 or above 256, a model without full attention.
+
+    Examples
+    --------
+    >>> from tq_hf import TurboQuantCache
+    >>> from tq_hf.models import load_model
+    >>> model, tokenizer = load_model("tiny")
+    >>> cache = TurboQuantCache(model.config, k_bits=4, v_bits=3)
+    >>> prompt = tokenizer("def add(a, b):", return_tensors="pt")
+    >>> out = model.generate(**prompt, past_key_values=cache, max_new_tokens=8)
+    >>> cache.get_seq_length()
+    14
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        k_bits: int = 4,
+        v_bits: int = 4,
+        *,
+        sink_tokens: int = 4,
+        window_tokens: int = 32,
+        skip_layers: Sequence[int] = (),
+        rotation: RotationName = "hadamard",
+        rounds: int = 3,
+        seed: int = 0,
+        scale: ScaleName = "mse",
+        key_center: Mapping[int, Tensor] | Tensor | None = None,
+        offloading: bool = False,
+    ) -> None:
+        found = model_layers(config)
+        text = text_config(config)
+        for name, value in (("sink_tokens", sink_tokens), ("window_tokens", window_tokens)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise TQError(f"{name}={value!r}: needs an int of 0 or more")
+        skipped = _skipped(skip_layers, len(found))
+        compressed = [
+            i for i, layer in enumerate(found) if layer.kind == "full" and i not in skipped
+        ]
+        if not compressed:
+            raise TQError(
+                f"{text.model_type} with skip_layers={tuple(skip_layers)} has no layer left to "
+                "compress (only full attention is); use DynamicCache(config=config)"
+            )
+        fmt = _format(
+            text.model_type,
+            [found[i] for i in compressed],
+            k_bits=k_bits,
+            v_bits=v_bits,
+            rotation=rotation,
+            rounds=rounds,
+            seed=seed,
+            scale=scale,
+        )
+        if offloading and not torch.cuda.is_available():
+            raise TQError("offloading=True: needs a CUDA device; leave it out")
+        centers = _centers(key_center, compressed)
+        options = LayerOptions(fmt, sink_tokens, window_tokens, text)
+        layers = [
+            CompressedLayer(options, centers.get(i)) if i in compressed else layer.make()
+            for i, layer in enumerate(found)
+        ]
+        self.options = options
+        super().__init__(layers=layers, offloading=offloading)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last tokens of every layer; see `CompressedLayer.crop`.
+
+        Raises
+        ------
+        TQError
+            If a sliding-window layer no longer has what it would need. Nothing is removed then.
+        """
+        for index, layer in enumerate(self.layers):
+            if (
+                isinstance(layer, DynamicSlidingWindowLayer)
+                and layer.get_seq_length() >= layer.sliding_window
+                and not getattr(layer, "record_past", False)
+            ):
+                raise TQError(
+                    f"crop({tokens_to_remove}): sliding-window layer {index} saw "
+                    f"{layer.get_seq_length()} tokens and keeps {layer.sliding_window - 1}; "
+                    "transformers 5 can crop it after cache.activate_past_recording()"
+                )
+        super().crop(tokens_to_remove)
+
+    def memory_usage(self) -> MemoryUsage:
+        """Bytes that the cache's tensors take, and those of a 16-bit cache."""
+        return measure_memory(self.layers, self.get_seq_length())
+
+
+def _skipped(skip_layers: Sequence[int], count: int) -> set[int]:
+    for index in skip_layers:
+        if isinstance(index, bool) or not isinstance(index, int) or not -count <= index < count:
+            raise TQError(
+                f"skip_layers has {index!r}: the model has layers 0 to {count - 1}; negative "
+                "numbers count from the end"
+            )
+    return {index % count for index in skip_layers}
+
+
+def _format(model_type: str, layers: Sequence[ModelLayer], **options: Any) -> KVFormat:
+    """The format of the first layer, after building those of all."""
+    formats = []
+    for dim in dict.fromkeys(layer.head_dim for layer in layers):
+        try:
+            formats.append(KVFormat(128 if dim is None else dim, **options))
+        except TQError as error:
+            if dim is not None and (dim % 16 or not 16 <= dim <= 256):
+                raise TQError(
+                    f"{model_type} has head_dim={dim}: TurboQuantCache needs a multiple of 16 "
+                    "from 16 to 256; use DynamicCache"
+                ) from error
+            raise
+    return formats[0]
+
+
+def _centers(
+    key_center: Mapping[int, Tensor] | Tensor | None, compressed: Sequence[int]
+) -> dict[int, Tensor]:
+    if key_center is None:
+        return {}
+    pairs = key_center.items() if isinstance(key_center, Mapping) else enumerate(key_center)
+    centers = {}
+    for index, center in pairs:
+        if not isinstance(center, Tensor) or center.dim() != 2:
+            raise TQError(f"key_center[{index}]: needs a tensor [kv_heads, head_dim]")
+        if not bool(torch.isfinite(center).all()):
+            raise TQError(f"key_center[{index}] is not finite: recompute it")
+        if index in compressed:
+            centers[index] = center.detach().to(torch.float32).clone()
+        elif isinstance(key_center, Mapping):
+            raise TQError(f"key_center has layer {index}, which is not compressed; leave it out")
+    return centers
