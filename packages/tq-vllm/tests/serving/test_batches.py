@@ -1,0 +1,221 @@
+"""The backend without an engine: batches of all kinds against attention on dequantized pages.
+
+After the tests of vLLM's own backends: batches of decodes, prefills and both, on block tables in
+random order, filled through ``do_kv_cache_update``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tq_kernels import KVFormat, dequantize_ref
+
+BATCHES = {  # name: lengths of the sequences, new tokens of each (decodes first)
+    "one-decode": ([33], [1]),
+    "decodes": ([1, 16, 40, 65], [1, 1, 1, 1]),
+    "speculated": ([9, 40, 70], [3, 3, 3]),
+    "first-prefill": ([17, 48], [17, 48]),
+    "chunk-after-context": ([40, 70], [8, 38]),
+    "one-new-token-after-context": ([40, 64], [5, 16]),
+    "mixed": ([33, 50, 40, 70, 21], [1, 1, 9, 38, 21]),
+    "mixed-cached-prefix": ([64, 80], [1, 16]),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    heads: int = 4
+    kv_heads: int = 2
+    dim: int = 64
+    page: int = 16
+    k_bits: int = 4
+    v_bits: int = 4
+    prefill: str = "exact"
+    speculated: int = 0
+    soft_cap: float | None = None
+    window: int | None = None
+    sinks: bool = False
+    layout: str = "LBHNC"
+    dtype: torch.dtype = torch.float32
+    shared: bool = False
+
+    def __str__(self) -> str:
+        default = Case()
+        changed = (
+            f"{n}={v}" for n, v in vars(self).items() if v != getattr(default, n)
+        )
+        return "-".join(str(c).replace("torch.", "") for c in changed) or "default"
+
+
+CASES = [
+    Case(),
+    Case(prefill="stored"),
+    Case(dim=80, k_bits=3, v_bits=3),
+    Case(dim=96, k_bits=4, v_bits=3, page=32),
+    Case(dim=128, k_bits=8, v_bits=4, heads=8),
+    Case(dim=256, k_bits=2, v_bits=2, heads=2),
+    Case(heads=6, kv_heads=1, page=64),
+    Case(heads=3, kv_heads=3),
+    Case(speculated=2),
+    Case(window=20),
+    Case(window=20, prefill="stored"),
+    Case(soft_cap=5.0),
+    Case(sinks=True),
+    Case(layout="BLHNC"),
+    Case(dtype=torch.bfloat16, dim=128),
+    Case(dtype=torch.float16, dim=128),
+    Case(shared=True),
+]
+
+
+@pytest.fixture(scope="module")
+def vllm_config(tiny):
+    from vllm.engine.arg_utils import EngineArgs
+
+    return EngineArgs(str(tiny), dtype="float32", max_model_len=256).create_engine_config()
+
+
+def attention(q, k, v, positions, case, sinks):
+    """Plain attention of queries at ``positions`` on keys 0, 1, 2 … in float64."""
+    group = case.heads // case.kv_heads
+    k, v = (x.double().repeat_interleave(group, dim=1) for x in (k, v))
+    logits = torch.einsum("qhd,khd->hqk", q.double(), k) * case.dim**-0.5
+    if case.soft_cap is not None:
+        logits = case.soft_cap * torch.tanh(logits / case.soft_cap)
+    keys = torch.arange(len(k))
+    hidden = keys > positions[:, None]
+    if case.window is not None:
+        hidden |= keys <= positions[:, None] - case.window
+    logits = logits.masked_fill(hidden, -math.inf)
+    if sinks is not None:
+        column = sinks.double()[:, None, None].expand(-1, len(q), 1)
+        logits = torch.cat((logits, column), dim=-1)
+        v = torch.cat((v, torch.zeros_like(v[:1])))
+    return torch.einsum("hqk,khd->qhd", logits.softmax(-1), v)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("batch", BATCHES)
+def test_batches_agree_with_attention_on_dequantized_pages(vllm_config, monkeypatch, case, batch):
+    from vllm.config import set_current_vllm_config
+    from vllm.utils.torch_utils import set_default_torch_dtype
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    from tq_vllm.backend import TurboQuantBackend
+
+    monkeypatch.setenv("TQ_K_BITS", str(case.k_bits))
+    monkeypatch.setenv("TQ_V_BITS", str(case.v_bits))
+    monkeypatch.setenv("TQ_PREFILL", case.prefill)
+    lengths, new = BATCHES[batch]
+    torch.manual_seed(len(batch) + case.dim)
+    sinks = torch.randn(case.heads) if case.sinks else None
+
+    spec = TurboQuantBackend.customize_spec(
+        FullAttentionSpec(
+            block_size=case.page,
+            num_kv_heads=case.kv_heads,
+            head_size=case.dim,
+            dtype=case.dtype,
+        )
+    )
+    fmt = KVFormat(case.dim, case.k_bits, case.v_bits, case.page)
+    assert spec.page_size_bytes == case.kv_heads * case.page * fmt.slot_bytes
+    config = SimpleNamespace(
+        speculative_config=(
+            SimpleNamespace(num_speculative_tokens=case.speculated, parallel_drafting=False)
+            if case.speculated
+            else None
+        ),
+        parallel_config=vllm_config.parallel_config,
+    )
+    with (
+        set_current_vllm_config(vllm_config),
+        set_default_torch_dtype(case.dtype),
+    ):
+        impl = TurboQuantBackend.get_impl_cls()(
+            case.heads, case.dim, case.dim**-0.5, case.kv_heads, None, case.window, "auto",
+            case.soft_cap, kv_sharing_target_layer_name="other" if case.shared else None,
+            **({"sinks": sinks} if case.sinks else {}),
+        )  # fmt: skip
+    builder_cls = TurboQuantBackend.get_builder_cls()
+    monkeypatch.setattr("tq_vllm.metadata.report_cache", lambda _: None)
+    builder = builder_cls(spec, ["layer"], config, torch.device("cpu"))
+
+    # Pages in random order; the last one belongs to nobody.
+    used = [-(-n // case.page) for n in lengths]
+    order = torch.randperm(sum(used)).int()
+    table = torch.full((len(lengths), max(used) + 1), 10**6, dtype=torch.int32)
+    at = 0
+    for row, count in enumerate(used):
+        table[row, :count] = order[at : at + count]
+        at += count
+    pages, record = sum(used) + 1, case.page * fmt.slot_bytes
+    layers = 3 if case.layout == "BLHNC" else 1
+    buffer = torch.zeros(pages, layers, case.kv_heads, record, dtype=torch.uint8)
+    cache = buffer[:, layers // 2].view(pages, case.kv_heads, case.page, fmt.slot_bytes)
+
+    def slots(row: int, first: int, last: int) -> torch.Tensor:
+        token = torch.arange(first, last)
+        return table[row, token // case.page].long() * case.page + token % case.page
+
+    whole = [torch.randn(2, n, case.kv_heads, case.dim).to(case.dtype) for n in lengths]
+    for row, (n, m) in enumerate(zip(lengths, new, strict=True)):
+        k, v = whole[row][:, : n - m]
+        impl.do_kv_cache_update(None, k, v, cache, slots(row, 0, n - m))
+
+    padding = 3
+    rows = sum(new)
+    q = torch.randn(rows + padding, case.heads, case.dim).to(case.dtype)
+    k, v = torch.cat([w[:, n - m :] for w, n, m in zip(whole, lengths, new, strict=True)], dim=1)
+    nothing = k.new_full((padding, case.kv_heads, case.dim), math.nan)
+    k, v = torch.cat((k, nothing)), torch.cat((v, nothing))
+    mapping = torch.cat([slots(r, n - m, n) for r, (n, m) in enumerate(zip(lengths, new, strict=True))])
+    mapping = torch.cat((mapping, torch.full((padding,), -1)))
+    starts = torch.tensor([0, *new]).cumsum(0).int()
+    common = CommonAttentionMetadata(
+        query_start_loc=starts,
+        query_start_loc_cpu=starts,
+        seq_lens=torch.tensor(lengths, dtype=torch.int32),
+        num_reqs=len(new),
+        num_actual_tokens=rows,
+        max_query_len=max(new),
+        max_seq_len=max(lengths),
+        block_table_tensor=table,
+        slot_mapping=mapping,
+    )
+    metadata = builder.build(0, common)
+    threshold = case.speculated + 1
+    decodes = next((i for i, m in enumerate(new) if m > threshold), len(new))
+    assert (metadata.num_decodes, metadata.num_prefills) == (decodes, len(new) - decodes)
+    out = torch.full_like(q, math.nan)
+    impl.do_kv_cache_update(None, k, v, cache, mapping)
+    impl.forward(None, q, k, v, cache, metadata, out)
+
+    assert not buffer[-1].any()
+    if layers > 1:
+        assert not buffer[:, [0, 2]].any()
+    tolerance = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[case.dtype]
+    stored = case.prefill == "stored" or case.shared
+    errors = []
+    for row, (n, m) in enumerate(zip(lengths, new, strict=True)):
+        records = cache.view(pages, case.kv_heads, record)
+        kept_k, kept_v = dequantize_ref(records, slots(row, 0, n), fmt)
+        if row >= decodes and not stored:  # new tokens see each other at 16 bits
+            kept_k[n - m :], kept_v[n - m :] = whole[row][:, n - m :].float()
+        positions = torch.arange(n - m, n)
+        part = q[starts[row] : starts[row + 1]]
+        got = out[starts[row] : starts[row + 1]].double()
+        want = attention(part, kept_k, kept_v, positions, case, sinks)
+        torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+        exact = attention(part, *whole[row], positions, case, sinks)
+        errors.append(((got - exact).square().sum(), exact.square().sum()))
+    assert out[rows:].isnan().all()
+    error, energy = (float(sum(x)) for x in zip(*errors, strict=True))
+    # Distortion of the values (theory: 4^-b * 2.72), that of the keys through the softmax.
+    bound = 2.72 * 4.0**-case.v_bits + 3 * 2.72 * 4.0**-case.k_bits
+    assert error <= bound * energy

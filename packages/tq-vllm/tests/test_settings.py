@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tq_core import TQError
+from tq_vllm.settings import PRESETS, asked_for, load_settings, skipped_layers
+
+
+def test_import_loads_no_framework() -> None:
+    code = "import sys, tq_vllm; print({'torch', 'vllm', 'transformers'} & set(sys.modules))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "set()"
+
+
+def test_defaults() -> None:
+    settings = load_settings()
+    assert (settings.key_bits, settings.value_bits) == (4, 4)
+    assert (settings.layers_kept, settings.prefill, settings.seed) == ("none", "exact", 0)
+    assert not asked_for({})
+    assert not asked_for({"TQ_K_BITS": "", "TQ_KERNELS_DEBUG": "1", "PATH": "x"})
+    assert asked_for({"TQ4_V_BITS": "4"})
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv("TQ_PRESET", name)
+    settings = load_settings()
+    assert f"k{settings.key_bits}v{settings.value_bits}" == name
+    low = min(settings.key_bits, settings.value_bits) <= 3 and name != "k4v3"
+    assert settings.layers_kept == ("0,1,-2,-1" if low else "none")
+
+
+def test_bits_override_the_preset_and_its_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TQ_PRESET", "k3v3")
+    monkeypatch.setenv("TQ_K_BITS", "4")
+    settings = load_settings()
+    assert (settings.key_bits, settings.value_bits, settings.layers_kept) == (4, 3, "none")
+    monkeypatch.setenv("TQ_SKIP_LAYERS", "2")
+    assert load_settings().layers_kept == "2"
+
+
+def test_names_of_the_seed_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TQ4_K_BITS", "8")
+    monkeypatch.setenv("TQ4_V_BITS", " 3")
+    settings = load_settings()
+    assert (settings.key_bits, settings.value_bits) == (8, 3)
+    monkeypatch.setenv("TQ_K_BITS", "8")
+    assert load_settings().key_bits == 8
+    monkeypatch.setenv("TQ_K_BITS", "4")
+    with pytest.raises(TQError, match="TQ_K_BITS=4 and TQ4_K_BITS=8 differ"):
+        load_settings()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("TQ_K_BITS", "5", "TQ_K_BITS=5: .*2, 3, 4 or 8"),
+        ("TQ4_V_BITS", "four", "TQ4_V_BITS='four'"),
+        ("TQ_PRESET", "k4", "TQ_PRESET='k4': .*k4v4"),
+        ("TQ_PREFILL", "fast", "TQ_PREFILL='fast': .*'exact' or 'stored'"),
+        ("TQ_SEED", "-1", "TQ_SEED='-1'"),
+        ("TQ_ROTATION", "none", "TQ_ROTATION='none'"),
+        ("TQ_SKIP_LAYERS", "first", "'first' names no layers.*0-3"),
+        ("TQ_SKIP_LAYERS", "5-3", "'5-3' is no range"),
+        ("TQ_KBITS", "4", "TQ_KBITS is no setting.*did you mean TQ_K_BITS"),
+        ("TQ_ZZZZZZZ", "4", "TQ_ZZZZZZZ is no setting.*known are TQ_"),
+    ],
+)
+def test_wrong_settings_name_the_variable(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(TQError, match=message):
+        load_settings()
+
+
+def test_layers() -> None:
+    assert skipped_layers("none", 4) == (frozenset(), False)
+    assert skipped_layers("0, 1,-2,-1", 6) == (frozenset({0, 1, 4, 5}), False)
+    assert skipped_layers("1-3,sliding", 6) == (frozenset({1, 2, 3}), True)
+    for text in ("6", "-7", "4-6"):
+        with pytest.raises(TQError, match="layers 0 to 5"):
+            skipped_layers(text, 6)
+
+
+@given(st.sets(st.integers(-12, 11)))
+def test_layers_are_what_indexing_a_list_gives(numbers: set[int]) -> None:
+    layers, _ = skipped_layers(",".join(map(str, numbers)), 12)
+    assert layers == {list(range(12))[n] for n in numbers}
