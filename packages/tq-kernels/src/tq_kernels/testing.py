@@ -52,8 +52,12 @@ class PagedCache:
 
     def to(self, device: torch.device | str) -> PagedCache:
         """The same on another device."""
-        tensors = (t.to(device) for t in (self.pages, self.block_table, self.seq_lens))
-        return PagedCache(*tensors, self.fmt)
+        pages, table, lens = (
+            self.pages.to(device),
+            self.block_table.to(device),
+            self.seq_lens.to(device),
+        )
+        return PagedCache(pages, table, lens, self.fmt)
 
 
 def random_cache(

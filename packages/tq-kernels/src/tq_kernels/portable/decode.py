@@ -1,0 +1,274 @@
+"""Decode with the portable kernels: a plan owns the workspace, a run only launches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from tq_core import TQError
+
+from tq_kernels.codec import Kind
+from tq_kernels.format import KVFormat
+from tq_kernels.ops.backend import portable_kernels
+from tq_kernels.plan import AttentionSpec
+from tq_kernels.portable.attend import attend_pages
+from tq_kernels.portable.rows import merge_partials, prepare_queries
+from tq_kernels.portable.unpack import table_words
+from tq_kernels.quantize import codebook_of
+
+__all__ = ["PortableDecodePlan"]
+
+LOG2E = 1.4426950408889634
+#: Rows of queries that the kernels around the attention take at a time.
+AROUND = 16
+
+
+def field_count(bits: int) -> int:
+    """Codes a word."""
+    return 4 if bits == 8 else 8
+
+
+def key_columns(fmt: KVFormat) -> tuple[list[int], int]:
+    """Dimension of every column of prepared queries, -1 for padding; columns a field."""
+    fields = field_count(fmt.k_bits)
+    words = fmt.head_dim // fields
+    width = max(16, triton.next_power_of_2(words))
+    return [fields * n + j if n < words else -1 for j in range(fields) for n in range(width)], width
+
+
+def value_order(fmt: KVFormat) -> list[int]:
+    """Dimension of every column of partial outputs: the even ones, then the odd ones."""
+    return [*range(0, fmt.head_dim, 2), *range(1, fmt.head_dim, 2)]
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Shape of a program: rows, quads of tokens a tile, warps, stages of the pipeline."""
+
+    rows: int
+    quads: int
+    warps: int
+    stages: int
+
+
+def choose_tiling(spec: AttentionSpec) -> Tiling:
+    """Tiling for the most rows that a sequence may have; none of them spills registers."""
+    if spec.fmt.head_dim > 128:
+        return Tiling(16, 16, 4, 2)
+    if spec.group * spec.max_query_len <= 16:
+        return Tiling(16, 16, 2, 2)
+    return Tiling(32, 16, 4, 2)
+
+
+def choose_splits(spec: AttentionSpec, tiling: Tiling) -> int:
+    """Splits of the history that fill the device about twice with a full batch."""
+    if spec.device.type == "cpu":
+        return 4
+    units = torch.cuda.get_device_properties(spec.device).multi_processor_count
+    programs = units * 8 // tiling.warps
+    blocks = spec.max_batch * spec.kv_heads * -(-spec.group * spec.max_query_len // tiling.rows)
+    return max(1, min(128, programs // blocks))
+
+
+class PortableDecodePlan:
+    """Buffers and launches of attention on pages by the portable kernels.
+
+    ``run`` allocates nothing and reads lengths on the device: it can be captured in a CUDA graph,
+    which stays right when lengths, tables and pages change.
+
+    Parameters
+    ----------
+    fmt, heads, kv_heads, max_batch, max_query_len, dtype, device
+        See :class:`tq_kernels.plan.AttentionSpec`.
+    softmax_scale, soft_cap, sliding_window
+        See :class:`tq_kernels.plan.AttentionSpec`.
+    num_splits : int, optional
+        Parts of the history that are attended in parallel; chosen from the device if not given.
+    max_tokens : int, optional
+        Most query tokens of a run, ``max_batch * max_query_len`` if not given.
+    after : bool
+        The queries follow after the stored tokens, instead of being the last of them.
+
+    Raises
+    ------
+    TQError
+        For values outside of these, and for a device that Triton cannot use.
+    """
+
+    def __init__(
+        self,
+        fmt: KVFormat,
+        heads: int,
+        kv_heads: int,
+        max_batch: int,
+        max_query_len: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        *,
+        softmax_scale: float | None = None,
+        soft_cap: float | None = None,
+        sliding_window: int | None = None,
+        num_splits: int | None = None,
+        max_tokens: int | None = None,
+        after: bool = False,
+    ) -> None:
+        self.spec = spec = AttentionSpec(
+            fmt,
+            heads,
+            kv_heads,
+            max_batch,
+            max_query_len,
+            dtype,
+            torch.device(device),
+            softmax_scale,
+            soft_cap,
+            sliding_window,
+        )
+        device = spec.device
+        portable_kernels("decode", device)  # raises where Triton cannot run
+        self.tiling = choose_tiling(spec)
+        self.num_splits = choose_splits(spec, self.tiling) if num_splits is None else num_splits
+        if not 1 <= self.num_splits <= 65535:
+            raise TQError(f"num_splits={num_splits}: needs 1 to 65535, or None to choose")
+        self.max_tokens = spec.max_tokens if max_tokens is None else max_tokens
+        self._after = after
+        dim = fmt.head_dim
+        columns, self._key_width = key_columns(fmt)
+        rotation = fmt.rotation_matrix("cpu", torch.float64)
+        index = torch.tensor(columns)
+        forward = rotation.T[:, index.clamp_min(0)].masked_fill(index < 0, 0.0)
+        self._forward = forward.to(device, torch.float32).contiguous()
+        self._inverse = rotation[value_order(fmt)].to(device, torch.float32).contiguous()
+        self._steps = {kind: float(_step(fmt, kind)) for kind in ("k", "v")}
+        rows = self.max_tokens * heads
+        self._digits = torch.empty(rows * 2 * len(columns), dtype=torch.float16, device=device)
+        self._stats = torch.empty(rows * 2, dtype=torch.float32, device=device)
+        splits = self.num_splits
+        self._partial_out = torch.empty(splits * rows * dim, dtype=torch.float32, device=device)
+        self._partial_stats = torch.empty(splits * rows * 2, dtype=torch.float32, device=device)
+        self._one_each = torch.arange(max_batch + 1, dtype=torch.int32, device=device)
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Bytes of all buffers."""
+        tensors = (t for t in vars(self).values() if isinstance(t, Tensor))
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def run(
+        self,
+        q: Tensor,
+        pages: Tensor,
+        block_table: Tensor,
+        seq_lens: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        *,
+        cu_query_lens: Tensor | None = None,
+        sinks: Tensor | None = None,
+        key_center: Tensor | None = None,
+    ) -> None:
+        """Attention of ``q`` on the pages into ``out`` and ``lse``; see :func:`decode_ref`.
+
+        Parameters
+        ----------
+        q, out : tensors [tokens, heads, head_dim] of the plan's dtype
+        pages : uint8 tensor [num_pages, kv_heads, record_bytes]
+        block_table : int32 tensor [batch, max_pages]
+        seq_lens : int32 tensor [batch]
+        lse : float32 tensor [tokens, heads]
+        cu_query_lens : int32 tensor [batch + 1], optional
+        sinks : float tensor [heads], optional
+        key_center : float tensor [kv_heads, head_dim], optional
+
+        Raises
+        ------
+        TQError
+            For shapes, dtypes, strides or devices that do not fit the plan.
+        """
+        self.spec.check_run(
+            q,
+            pages,
+            block_table,
+            seq_lens,
+            out,
+            lse,
+            cu_query_lens=cu_query_lens,
+            sinks=sinks,
+            key_center=key_center,
+        )
+        if q.shape[0] > self.max_tokens:
+            raise TQError(
+                f"q has {q.shape[0]} tokens: the plan was made for {self.max_tokens}; make a "
+                "larger plan"
+            )
+        if q.shape[0] == 0 or seq_lens.shape[0] == 0:
+            return
+        cu = self._one_each if cu_query_lens is None else cu_query_lens
+        self._prepare(q, key_center)
+        self._attend(pages, block_table, seq_lens, cu, key_center is not None)
+        self._merge(seq_lens, cu, sinks, out, lse)
+
+    def _blocks(self, rows: int) -> int:
+        return -(-self.spec.group * self.spec.max_query_len // rows)
+
+    def _prepare(self, q: Tensor, key_center: Tensor | None) -> None:
+        spec, dim = self.spec, self.spec.fmt.head_dim
+        rows = q.shape[0] * spec.heads
+        prepare_queries[(-(-rows // AROUND),)](
+            q, self._forward, q if key_center is None else key_center, self._digits, self._stats,
+            spec.scale * LOG2E * self._steps["k"], spec.scale * LOG2E,
+            rows, spec.heads, spec.group, q.stride(0), q.stride(1),
+            D=dim, WIDTH=self._forward.shape[1], ROWS=AROUND, STEP=32 if dim % 32 == 0 else 16,
+            CENTER=key_center is not None, num_warps=4,
+        )  # fmt: skip
+
+    def _attend(
+        self, pages: Tensor, block_table: Tensor, lengths: Tensor, cu: Tensor, center: bool
+    ) -> None:
+        spec, fmt, tiling = self.spec, self.spec.fmt, self.tiling
+        blocks = self._blocks(tiling.rows)
+        k_table, v_table = table_words(fmt.k_codebook), table_words(fmt.v_codebook)
+        options: dict[str, Any] = {"num_warps": tiling.warps, "num_stages": tiling.stages}
+        attend_pages[(lengths.shape[0] * spec.kv_heads * blocks, self.num_splits)](
+            self._digits, self._stats, pages, block_table, lengths, cu,
+            self._partial_out, self._partial_stats,
+            spec.soft_cap or 0.0, spec.sliding_window or 0, self.num_splits, LEAST_TILES, blocks,
+            spec.kv_heads, spec.group, self.max_tokens * spec.heads,
+            pages.stride(0), pages.stride(1), block_table.stride(0),
+            D=fmt.head_dim, K_BITS=fmt.k_bits, V_BITS=fmt.v_bits, PAGE=fmt.page_size,
+            ROWS=tiling.rows, QUADS=tiling.quads, K_WIDTH=self._key_width,
+            V_WIDTH=max(16, triton.next_power_of_2(fmt.head_dim // 2)),
+            K0=k_table[0], K1=k_table[1], V0=v_table[0], V1=v_table[1],
+            WINDOW=spec.sliding_window is not None, CAP=spec.soft_cap is not None,
+            CENTER=center, PREFIX=self._after, FINE=spec.dtype != torch.bfloat16, **options,
+        )  # fmt: skip
+
+    def _merge(
+        self, lengths: Tensor, cu: Tensor, sinks: Tensor | None, out: Tensor, lse: Tensor
+    ) -> None:
+        spec, dim = self.spec, self.spec.fmt.head_dim
+        blocks = self._blocks(AROUND)
+        merge_partials[(lengths.shape[0] * spec.kv_heads * blocks,)](
+            self._partial_out, self._partial_stats, lengths, cu, self._inverse,
+            lse if sinks is None else sinks, out, lse,
+            self._steps["v"], spec.sliding_window or 0, self.num_splits, LEAST_TILES, blocks,
+            spec.kv_heads, spec.group, self.max_tokens * spec.heads,
+            out.stride(0), out.stride(1), lse.stride(0),
+            D=dim, WIDTH=triton.next_power_of_2(dim), ROWS=AROUND,
+            STEP=32 if dim % 32 == 0 else 16, TILE=4 * self.tiling.quads,
+            WINDOW=spec.sliding_window is not None, SINKS=sinks is not None, PREFIX=self._after,
+            num_warps=4,
+        )  # fmt: skip
+
+
+#: Tiles a split has at least.
+LEAST_TILES = 2
+
+
+def _step(fmt: KVFormat, kind: Kind) -> float:
+    step = codebook_of(fmt, kind).step
+    assert step is not None
+    return step
