@@ -67,9 +67,7 @@ def keep_at_16_bits(impl: TurboQuantImpl, act_dtype: torch.dtype) -> None:
     if not (extract_layer_index(name) in numbers or (sliding and windowed)):
         return
     with set_current_vllm_config(config):
-        backend = _backend_of_vllm(
-            impl.head_size, act_dtype, impl.ops.sinks is not None, windowed
-        )
+        backend = _backend_of_vllm(impl.head_size, act_dtype, impl.ops.sinks is not None, windowed)
         own = backend.get_impl_cls()(**impl.arguments)
     own.process_weights_after_loading(act_dtype)
     layer.attn_backend = backend

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from tq_kernels import KVFormat, decode_ref, prefill_ref, store_ref
 

@@ -77,11 +77,15 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="TQ_", env_ignore_empty=True, frozen=True)
 
     preset: PresetName = "k4v4"
-    k_bits: Bits | None = Field(None, validation_alias=AliasChoices("TQ_K_BITS", "TQ4_K_BITS"))
-    v_bits: Bits | None = Field(None, validation_alias=AliasChoices("TQ_V_BITS", "TQ4_V_BITS"))
+    k_bits: Bits | None = Field(
+        default=None, validation_alias=AliasChoices("TQ_K_BITS", "TQ4_K_BITS")
+    )
+    v_bits: Bits | None = Field(
+        default=None, validation_alias=AliasChoices("TQ_V_BITS", "TQ4_V_BITS")
+    )
     skip_layers: str | None = None
     prefill: Literal["exact", "stored"] = "exact"
-    seed: int = Field(0, ge=0, lt=2**64)
+    seed: int = Field(default=0, ge=0, lt=2**64)
     rotation: Literal["hadamard", "haar"] = "hadamard"
     scale: Literal["mse", "norm", "unbiased", "none"] = "mse"
     cpu: bool = True
@@ -232,4 +236,3 @@ def skipped_layers(text: str, num_layers: int) -> tuple[frozenset[int], bool]:
             )
         layers.update(n % num_layers for n in range(first, last + 1))
     return frozenset(layers), sliding
-

@@ -33,9 +33,7 @@ class Engine:
     def __init__(self, llm: Any) -> None:
         self.llm = llm
 
-    def generate(
-        self, prompts: Sequence[Sequence[int]], tokens: int, **params: Any
-    ) -> list[Any]:
+    def generate(self, prompts: Sequence[Sequence[int]], tokens: int, **params: Any) -> list[Any]:
         """Greedy continuation of token ids."""
         from vllm import SamplingParams
 
@@ -128,7 +126,9 @@ class Continuation(NamedTuple):
 class Reference:
     """Greedy generation with transformers, keys and values rounded as pages round them."""
 
-    def __init__(self, model: Path, fmt: Any, exact: bool = False, kept: Sequence[int] = ()) -> None:
+    def __init__(
+        self, model: Path, fmt: Any, exact: bool = False, kept: Sequence[int] = ()
+    ) -> None:
         import torch
         from tq_kernels import decode_tokens, encode_tokens
         from transformers import AutoModelForCausalLM, DynamicCache

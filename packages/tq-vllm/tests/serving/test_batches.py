@@ -45,9 +45,7 @@ class Case:
 
     def __str__(self) -> str:
         default = Case()
-        changed = (
-            f"{n}={v}" for n, v in vars(self).items() if v != getattr(default, n)
-        )
+        changed = (f"{n}={v}" for n, v in vars(self).items() if v != getattr(default, n))
         return "-".join(str(c).replace("torch.", "") for c in changed) or "default"
 
 
@@ -101,12 +99,11 @@ def attention(q, k, v, positions, case, sinks):
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("batch", BATCHES)
 def test_batches_agree_with_attention_on_dequantized_pages(vllm_config, monkeypatch, case, batch):
+    from tq_vllm.backend import TurboQuantBackend
     from vllm.config import set_current_vllm_config
     from vllm.utils.torch_utils import set_default_torch_dtype
     from vllm.v1.attention.backend import CommonAttentionMetadata
     from vllm.v1.kv_cache_interface import FullAttentionSpec
-
-    from tq_vllm.backend import TurboQuantBackend
 
     monkeypatch.setenv("TQ_K_BITS", str(case.k_bits))
     monkeypatch.setenv("TQ_V_BITS", str(case.v_bits))
@@ -174,7 +171,9 @@ def test_batches_agree_with_attention_on_dequantized_pages(vllm_config, monkeypa
     k, v = torch.cat([w[:, n - m :] for w, n, m in zip(whole, lengths, new, strict=True)], dim=1)
     nothing = k.new_full((padding, case.kv_heads, case.dim), math.nan)
     k, v = torch.cat((k, nothing)), torch.cat((v, nothing))
-    mapping = torch.cat([slots(r, n - m, n) for r, (n, m) in enumerate(zip(lengths, new, strict=True))])
+    mapping = torch.cat(
+        [slots(r, n - m, n) for r, (n, m) in enumerate(zip(lengths, new, strict=True))]
+    )
     mapping = torch.cat((mapping, torch.full((padding,), -1)))
     starts = torch.tensor([0, *new]).cumsum(0).int()
     common = CommonAttentionMetadata(
