@@ -9,12 +9,6 @@ import torch
 from tq_hf.models import load_model
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    # transformers 5.24 renames the argument of every model and of generate.
-    line = "ignore:.past_key_values. is deprecated:FutureWarning"
-    config.addinivalue_line("filterwarnings", line)
-
-
 @pytest.fixture(autouse=True)
 def _inference() -> Any:
     with torch.no_grad():

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from tq_hf import TurboQuantCache
+from tq_hf.argument import cache_argument
 from tq_hf.models import held_out_text
 from tq_hf.stand_in import StandIn
 from tq_hf.testing import feed, reference_cache
@@ -104,7 +105,7 @@ def generate(model: Any, ids: Tensor, cache: Any, tokens: int = 40, **options: A
     return model.generate(
         ids,
         attention_mask=mask,
-        past_key_values=cache,
+        **cache_argument(model, cache),
         max_new_tokens=tokens,
         pad_token_id=0,
         **options,

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tq_hf import TurboQuantCache
+from tq_hf.argument import cache_argument
 from tq_hf.demo_measure import held_bytes
 from tq_hf.history import SEGMENT_TOKENS
 from tq_hf.models import load_model
@@ -39,14 +40,14 @@ def test_the_process_holds_what_is_reported(small: Any, name: str) -> None:
     ids = torch.randint(1, 4096, (1, 700))
     small(input_ids=ids[:, :8])  # tables and position tensors come to life here
     warm = TurboQuantCache(small.config, k_bits=4, v_bits=3)
-    small(input_ids=ids, past_key_values=warm)
-    small(input_ids=ids[:, :1], past_key_values=warm)
+    small(input_ids=ids, **cache_argument(small, warm))
+    small(input_ids=ids[:, :1], **cache_argument(small, warm))
     warm = None
     before = live_storages()
     cache = TurboQuantCache(small.config, k_bits=4, v_bits=3)
-    small(input_ids=ids, past_key_values=cache)
+    small(input_ids=ids, **cache_argument(small, cache))
     for step in range(20):
-        small(input_ids=ids[:, step : step + 1], past_key_values=cache)
+        small(input_ids=ids[:, step : step + 1], **cache_argument(small, cache))
     grown = sum(n for address, n in live_storages().items() if address not in before)
     usage = cache.memory_usage()
     assert usage.held_bytes == held_bytes(cache)
@@ -58,7 +59,7 @@ def test_the_process_holds_what_is_reported(small: Any, name: str) -> None:
 
 def test_code_bytes_are_those_of_the_format(small: Any) -> None:
     cache = TurboQuantCache(small.config, k_bits=4, v_bits=3, sink_tokens=4, window_tokens=12)
-    small(input_ids=torch.randint(1, 4096, (2, 512 + 16)), past_key_values=cache)
+    small(input_ids=torch.randint(1, 4096, (2, 512 + 16)), **cache_argument(small, cache))
     usage = cache.memory_usage()
     assert usage.code_bytes == 2 * 512 * 6 * 2 * (128 * 7 // 8 + 4)
     assert usage.dense_bytes == 2 * 16 * 6 * 2 * 2 * 128 * 2
@@ -68,7 +69,7 @@ def test_the_16_bit_cache_is_the_baseline(small: Any) -> None:
     ids = torch.randint(1, 4096, (2, 100))
     cache, plain = TurboQuantCache(small.config), DynamicCache()
     for c in (cache, plain):
-        small(input_ids=ids, past_key_values=c)
+        small(input_ids=ids, **cache_argument(small, c))
     assert cache.memory_usage().baseline_bytes == held_bytes(plain)
 
 
@@ -115,7 +116,7 @@ def test_a_step_needs_the_same_memory_however_long_the_history(small: Any, name:
     ids = torch.randint(1, 4096, (1, 8))
 
     def step(tokens: int) -> int:
-        return largest(lambda: small(input_ids=ids[:, :tokens], past_key_values=cache))
+        return largest(lambda: small(input_ids=ids[:, :tokens], **cache_argument(small, cache)))
 
     def grow(tokens: int) -> None:
         for layer in range(6):
@@ -136,8 +137,8 @@ def test_a_step_needs_the_same_memory_however_long_the_history(small: Any, name:
 def test_the_bytes_of_an_eager_step_come_back(small: Any) -> None:
     small.set_attn_implementation("eager")
     cache = TurboQuantCache(small.config)
-    small(input_ids=torch.randint(1, 4096, (1, 1024)), past_key_values=cache)
+    small(input_ids=torch.randint(1, 4096, (1, 1024)), **cache_argument(small, cache))
     before = live_storages()
-    small(input_ids=torch.randint(1, 4096, (1, 1)), past_key_values=cache)
+    small(input_ids=torch.randint(1, 4096, (1, 1)), **cache_argument(small, cache))
     new = {a: n for a, n in live_storages().items() if a not in before}
     assert max(new.values(), default=0) <= 2 * 64 * 128 * 2  # a window, no history

@@ -98,29 +98,27 @@ def _attend_block(
         "soft_cap": soft_cap,
         "chunk": max(16, min(SEGMENT_TOKENS, _LOGITS // (q.shape[0] * q.shape[1] * q.shape[2]))),
     }
-    at = 0
+    total, first = snapshot.tokens, snapshot.head[0].shape[-2]
+    last = total - snapshot.tail[0].shape[-2]
 
-    def options(tokens: int) -> dict[str, Any]:
-        part = None if mask is None else mask[..., at : at + tokens]
-        shifted = None if positions is None else positions - at
+    def options(start: int, stop: int) -> dict[str, Any]:
+        part = None if mask is None else mask[..., start:stop]
+        shifted = None if positions is None else positions - start
         return {**common, "mask": part, "query_positions": shifted}
 
-    out, lse = attend_dense(q, *snapshot.head, **options(snapshot.head[0].shape[-2]))
-    at += snapshot.head[0].shape[-2]
+    out, lse = attend_dense(q, *snapshot.tail, **options(last, total))
+    if first:
+        more = attend_dense(q, *snapshot.head, **options(0, first))
+        out, lse = merge_states(out, lse, *more)
+    start = first
     for keys, values in snapshot.parts:
         assert snapshot.fmt is not None
-        more = attend_codes(
-            q,
-            keys,
-            values,
-            snapshot.fmt,
-            key_center=snapshot.key_center,
-            **options(keys.tokens),
-        )
+        span = options(start, start + keys.tokens)
+        center = snapshot.key_center
+        more = attend_codes(q, keys, values, snapshot.fmt, key_center=center, **span)
         out, lse = merge_states(out, lse, *more)
-        at += keys.tokens
-    more = attend_dense(q, *snapshot.tail, **options(snapshot.tail[0].shape[-2]))
-    return merge_states(out, lse, *more)
+        start += keys.tokens
+    return out, lse
 
 
 def _refuse(module: Any, dropout: float, kwargs: dict[str, Any]) -> None:

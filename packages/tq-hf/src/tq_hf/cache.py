@@ -67,7 +67,7 @@ class TurboQuantCache(Cache):
     >>> model, tokenizer = load_model("tiny")
     >>> cache = TurboQuantCache(model.config, k_bits=4, v_bits=3)
     >>> prompt = tokenizer("def add(a, b):", return_tensors="pt")
-    >>> out = model.generate(**prompt, past_key_values=cache, max_new_tokens=8)
+    >>> out = model.generate(prompt.input_ids, past_key_values=cache, max_new_tokens=8)
     >>> cache.get_seq_length()
     14
     """

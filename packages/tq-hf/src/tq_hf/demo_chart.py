@@ -22,7 +22,7 @@ def _bars(
     colours = [_BASELINE] + [_COMPRESSED] * (len(results) - 1)
     bars = axes.bar([r.name for r in results], values, color=colours, width=0.62)
     axes.bar_label(bars, labels=labels, padding=3, fontsize=9)
-    axes.margins(y=0.16)
+    axes.margins(y=0.2)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(axis="x", length=0)
 
@@ -37,7 +37,7 @@ def draw(results: Sequence[CacheResult], path: Path) -> None:
     path : Path
         File to write; its folder must exist.
     """
-    figure = Figure(figsize=(11, 3.8), dpi=130, layout="constrained")
+    figure = Figure(figsize=(12, 4), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     size, quality, agreement = figure.subplots(1, 3)
     gib = [r.projection_bytes / 2**30 for r in results]
@@ -45,7 +45,7 @@ def draw(results: Sequence[CacheResult], path: Path) -> None:
         size,
         results,
         gib,
-        [f"{g:.1f} ({r.ratio:.2f}x)" for g, r in zip(gib, results, strict=True)],
+        [f"{g:.1f}\n{r.ratio:.2f}x" for g, r in zip(gib, results, strict=True)],
     )
     size.set_title("Cache of a Llama-3.1-8B shape at 128k", fontsize=10)
     size.set_ylabel("GiB")

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from tq_core import PageLayout
 
+from tq_hf.argument import cache_argument
+
 __all__ = [
     "FORMATS",
     "LLAMA_8B",
@@ -156,7 +158,7 @@ def generate(model: Any, prompt: Tensor, cache: Any, tokens: int) -> list[int]:
     out = model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
-        past_key_values=cache,
+        **cache_argument(model, cache),
         max_new_tokens=tokens,
         min_new_tokens=tokens,
         do_sample=False,
@@ -189,7 +191,8 @@ def predict(model: Any, ids: Tensor, cache: Any, chunk: int) -> Iterator[tuple[T
     for start in range(0, ids.shape[1] - 1, chunk):
         part = ids[:, start : min(start + chunk, ids.shape[1] - 1)]
         target = ids[0, start + 1 : start + 1 + part.shape[1]]
-        logits = model(input_ids=part, past_key_values=cache, use_cache=True).logits[0].double()
+        out = model(input_ids=part, **cache_argument(model, cache), use_cache=True)
+        logits = out.logits[0].double()
         yield torch.nn.functional.cross_entropy(logits, target, reduction="none"), logits.argmax(-1)
 
 

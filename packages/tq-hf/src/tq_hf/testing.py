@@ -16,6 +16,7 @@ from torch import Tensor
 from tq_kernels import decode_tokens, encode_tokens
 from transformers.cache_utils import Cache, DynamicLayer
 
+from tq_hf.argument import cache_argument
 from tq_hf.cache import TurboQuantCache
 from tq_hf.layer import BLOCK_TOKENS, CompressedLayer, LayerOptions
 
@@ -94,11 +95,14 @@ def feed(
     out, start = [], 0
     past = cache.get_seq_length()
     for size in sizes:
-        more = {} if mask is None else {"attention_mask": mask[:, : past + start + size]}
+        more: dict[str, Any] = (
+            {} if mask is None else {"attention_mask": mask[:, : past + start + size]}
+        )
         if mask is not None:
             positions = (mask[:, : past + start + size].long().cumsum(-1) - 1).clamp(min=0)
             more["position_ids"] = positions[:, past + start :]
         part = ids[:, start : start + size]
-        out.append(model(input_ids=part, past_key_values=cache, use_cache=True, **more).logits)
+        more |= cache_argument(model, cache)
+        out.append(model(input_ids=part, use_cache=True, **more).logits)
         start += size
     return torch.cat(out, dim=1)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tq_hf.argument import cache_argument
 from tq_hf.models.loading import held_out_text
 
 CacheFactory = Callable[[], Any]
@@ -72,7 +73,7 @@ def _logits(
         return out
     cache = make_cache()
     parts = [
-        model(input_ids=part, past_key_values=cache, use_cache=True).logits
+        model(input_ids=part, **cache_argument(model, cache), use_cache=True).logits
         for part in torch.split(tokens, chunk or tokens.shape[1], dim=1)
     ]
     return torch.cat(parts, dim=1)

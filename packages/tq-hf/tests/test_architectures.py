@@ -1,0 +1,196 @@
+"""Shapes of models: head dimensions, grouped heads, sliding windows, soft caps, shared keys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tq_hf import TurboQuantCache
+from tq_hf.layer import CompressedLayer
+from tq_hf.testing import feed, reference_cache
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GptOssConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen3Config,
+)
+
+IMPLEMENTATIONS = ["sdpa", "eager", "turboquant"]
+TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
+
+
+def build(config: Any, implementation: str) -> Any:
+    """A random model in evaluation mode; large weights, so that attention is not uniform."""
+    torch.manual_seed(0)
+    # transformers' eager masks need float32: the lowest float64 is -inf in its softmax.
+    dtype = torch.float32 if implementation == "eager" else torch.float64
+    model = AutoModelForCausalLM.from_config(
+        config, dtype=dtype, attn_implementation=implementation
+    )
+    return model.eval()
+
+
+def small(**changes: Any) -> dict[str, Any]:
+    return {
+        "vocab_size": 97,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "initializer_range": 0.2,
+        "max_position_embeddings": 512,
+        "pad_token_id": 0,
+        **changes,
+    }
+
+
+def check(model: Any, ids: Any = None, mask: Any = None, **options: Any) -> TurboQuantCache:
+    """Logits equal the reference's, fed in uneven pieces."""
+    cache = TurboQuantCache(model.config, **{"window_tokens": 8, "sink_tokens": 2, **options})
+    reference = reference_cache(cache)
+    if ids is None:
+        ids = torch.randint(1, 97, (2, 90))
+    sizes = [40, 1, 1, 1, 22, *[1] * 5, 20]
+    ours, theirs = (feed(model, ids, c, sizes, mask) for c in (cache, reference))
+    if mask is not None:
+        ours, theirs = ours[mask.bool()], theirs[mask.bool()]
+    assert torch.isfinite(theirs).all()
+    exact = model.config._attn_implementation == "eager"
+    torch.testing.assert_close(ours, theirs, atol=0 if exact else 1e-9, rtol=0 if exact else 1e-7)
+    assert any(isinstance(c, CompressedLayer) and c.history.tokens for c in cache.layers)
+    return cache
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("head_dim", [16, 64, 80, 96, 128, 256])
+def test_head_dims(head_dim: int, name: str) -> None:
+    check(build(LlamaConfig(**small(head_dim=head_dim)), name), k_bits=4, v_bits=3)
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_grouped_heads(kv_heads: int, name: str) -> None:
+    model = build(LlamaConfig(**small(num_key_value_heads=kv_heads)), name)
+    ids = torch.randint(1, 97, (3, 90))
+    mask = torch.ones_like(ids)
+    mask[0, :13] = 0
+    mask[2, :39] = 0
+    check(model, ids, mask)
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_query_and_key_norms(name: str) -> None:
+    check(build(Qwen3Config(**small()), name))
+
+
+GEMMAS = {
+    "gemma2": Gemma2Config(
+        **small(query_pre_attn_scalar=64, sliding_window=24, attn_logit_softcapping=3.0)
+    ),
+    "gemma3": Gemma3TextConfig(
+        **small(num_hidden_layers=3, query_pre_attn_scalar=64, sliding_window=24),
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ["eager", "turboquant"])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("config", GEMMAS)
+def test_sliding_layers_keep_their_window_and_full_ones_are_compressed(
+    config: str, padded: bool, name: str
+) -> None:
+    model = build(GEMMAS[config], name)
+    ids = torch.randint(1, 97, (2, 90))
+    mask = torch.ones_like(ids)
+    mask[0, : 13 if padded else 0] = 0
+    cache = check(model, ids, mask if padded else None)
+    for layer, kind in zip(cache.layers, GEMMAS[config].layer_types, strict=True):
+        assert isinstance(layer, CompressedLayer) is (kind == "full_attention")
+        if kind != "full_attention":
+            assert layer.keys.shape[-2] == 23
+    usage = cache.memory_usage()
+    assert usage.held_bytes >= usage.code_bytes + usage.spare_bytes
+
+
+@pytest.mark.parametrize("config", GEMMAS)
+def test_turboquant_attention_equals_eager(config: str) -> None:
+    """Soft caps included, in compressed and in sliding layers."""
+    model = build(GEMMAS[config], "turboquant")
+    ids = torch.randint(1, 97, (2, 60))
+    caches = [TurboQuantCache(model.config, window_tokens=8, sink_tokens=2) for _ in range(2)]
+    ours = feed(model, ids, caches[0], [30, 1, 20, 9])
+    # Float64 throughout, without padding: eager masks hold no row without a key.
+    model.set_attn_implementation("eager")
+    theirs = feed(model, ids, caches[1], [30, 1, 20, 9])
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)  # eager's softmax is float32
+    model.set_attn_implementation("turboquant")
+
+
+@pytest.mark.parametrize("name", ["eager", "turboquant"])
+def test_learned_sinks(name: str) -> None:
+    config = GptOssConfig(
+        **small(num_local_experts=2, num_experts_per_tok=1, sliding_window=24),
+        layer_types=["sliding_attention", "full_attention"],
+    )
+    model = build(config, name)
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.self_attn.sinks)
+    if name == "eager":
+        check(model)
+        return
+    # The reference takes turboquant attention on plain tensors; eager agrees with that.
+    check(model)
+    ids = torch.randint(1, 97, (2, 40))
+    ours = feed(model, ids, TurboQuantCache(model.config, window_tokens=0), [20, 1, 19])
+    model.set_attn_implementation("eager")
+    theirs = feed(model, ids, TurboQuantCache(model.config, window_tokens=0), [20, 1, 19])
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_shared_keys_and_values(name: str) -> None:
+    from transformers import Gemma3nTextConfig
+
+    config = Gemma3nTextConfig(
+        **small(num_hidden_layers=6),
+        vocab_size_per_layer_input=97,
+        hidden_size_per_layer_input=8,
+        num_kv_shared_layers=2,
+        sliding_window=24,
+        layer_types=["sliding_attention", "full_attention"] * 3,
+        activation_sparsity_pattern=[0.0] * 6,
+        laurel_rank=8,
+        altup_num_inputs=2,
+    )
+    check(build(config, name))
+
+
+@pytest.mark.skipif(not TRANSFORMERS_5, reason="layers of different dimensions came with 5")
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_mixed_head_dims(name: str) -> None:
+    from transformers import Gemma4TextConfig
+
+    config = Gemma4TextConfig(
+        **small(num_hidden_layers=4),
+        global_head_dim=128,
+        vocab_size_per_layer_input=97,
+        hidden_size_per_layer_input=8,
+        num_kv_shared_layers=0,
+        sliding_window=24,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    )
+    cache = check(build(config, name))
+    assert [layer.keys.shape[-1] for layer in cache.layers] == [64, 128, 64, 128]
+
+
+def test_a_model_of_sliding_layers_alone_is_refused() -> None:
+    with pytest.raises(Exception, match="no layer left to compress"):
+        TurboQuantCache(MistralConfig(**small(sliding_window=16)))
