@@ -1,6 +1,7 @@
 """TurboQuant attention on compressed KV caches, in PyTorch.
 
-Every operation has a reference in eager torch with the suffix ``_ref``, on any device.
+Every operation has a reference in eager torch with the suffix ``_ref``, on any device. Without
+it, the operation is a Triton kernel.
 """
 
 from __future__ import annotations
@@ -9,10 +10,10 @@ from tq_kernels.attend import attend_codes, attend_dense, merge_sink, merge_stat
 from tq_kernels.checks import debug_mode
 from tq_kernels.format import KVFormat
 from tq_kernels.ops.decode import decode_ref
-from tq_kernels.ops.dequantize import dequantize_ref
+from tq_kernels.ops.dequantize import dequantize, dequantize_ref
 from tq_kernels.ops.prefill import prefill_ref
-from tq_kernels.ops.rotate import rotate_ref
-from tq_kernels.ops.store import store_ref
+from tq_kernels.ops.rotate import rotate, rotate_ref
+from tq_kernels.ops.store import store, store_ref
 from tq_kernels.quantize import TokenCodes, decode_tokens, encode_tokens
 
 __all__ = [
@@ -23,11 +24,14 @@ __all__ = [
     "debug_mode",
     "decode_ref",
     "decode_tokens",
+    "dequantize",
     "dequantize_ref",
     "encode_tokens",
     "merge_sink",
     "merge_states",
     "prefill_ref",
+    "rotate",
     "rotate_ref",
+    "store",
     "store_ref",
 ]

@@ -44,7 +44,11 @@ from tq_core import TQError
 __all__ = ["MODULES", "TARGETS", "Resources", "Variant", "compile_variant", "variants"]
 
 #: Modules that define ``aot_variants``.
-MODULES: tuple[str, ...] = ()
+MODULES: tuple[str, ...] = (
+    "tq_kernels.portable.store",
+    "tq_kernels.portable.rotate",
+    "tq_kernels.portable.dequantize",
+)
 
 #: Name of each target: backend, architecture and lanes of a warp.
 TARGETS: dict[str, tuple[str, int | str, int]] = {

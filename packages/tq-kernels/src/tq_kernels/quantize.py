@@ -17,6 +17,7 @@ from tq_kernels.ops.rotate import compute_dtype, rotate_unchecked
 
 __all__ = [
     "TokenCodes",
+    "check_finite",
     "codebook_of",
     "decode_tokens",
     "encode_tokens",
@@ -117,6 +118,16 @@ def _ldexp(x: Tensor, exponent: Tensor) -> Tensor:
     return x
 
 
+def check_finite(x: Tensor, name: str) -> None:
+    """Raise unless all values are finite; names the first one that is not."""
+    if not bool(torch.isfinite(x).all()):
+        index = (~torch.isfinite(x)).nonzero()[0].tolist()
+        raise TQError(
+            f"{name}{index} is {float(x[tuple(index)])}: only finite values can be quantized; "
+            "replace it, for example with torch.nan_to_num"
+        )
+
+
 def quantize(x: Tensor, fmt: KVFormat, kind: Kind) -> tuple[Tensor, Tensor]:
     """Codes and scales of vectors.
 
@@ -141,12 +152,8 @@ def quantize(x: Tensor, fmt: KVFormat, kind: Kind) -> tuple[Tensor, Tensor]:
     if x.dtype not in FLOATS:
         raise TQError(f"{kind} has dtype {x.dtype}: use float16, bfloat16, float32 or float64")
     checked = values_checked(x)
-    if checked and not bool(torch.isfinite(x).all()):
-        index = (~torch.isfinite(x)).nonzero()[0].tolist()
-        raise TQError(
-            f"{kind}{index} is {float(x[tuple(index)])}: only finite values can be quantized; "
-            "replace it, for example with torch.nan_to_num"
-        )
+    if checked:
+        check_finite(x, kind)
     values = x.to(compute_dtype(x.dtype))
     if values.numel() == 0:
         empty = torch.zeros(values.shape[:-1], dtype=torch.float16, device=x.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from tq_core import TQError
 
 from tq_kernels.checks import (
     FLOATS,
@@ -16,9 +17,10 @@ from tq_kernels.checks import (
 )
 from tq_kernels.codec import plane_bytes, slot_offsets
 from tq_kernels.format import KVFormat
+from tq_kernels.ops.backend import portable_kernels
 from tq_kernels.quantize import TokenCodes, decode_tokens
 
-__all__ = ["check_dequantize", "dequantize_ref", "gather_slots"]
+__all__ = ["check_dequantize", "dequantize", "dequantize_ref", "gather_slots"]
 
 
 def check_dequantize(pages: Tensor, slots: Tensor, fmt: KVFormat, dtype: torch.dtype) -> None:
@@ -85,3 +87,46 @@ def dequantize_ref(
     k = decode_tokens(keys, fmt, "k", dtype)
     v = decode_tokens(values, fmt, "v", dtype)
     return k.masked_fill(missing, 0.0), v.masked_fill(missing, 0.0)
+
+
+def dequantize(
+    pages: Tensor, slots: Tensor, fmt: KVFormat, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """Keys and values of slots, in one launch: the kernel for :func:`dequantize_ref`.
+
+    Parameters
+    ----------
+    pages : uint8 tensor [num_pages, kv_heads, record_bytes]
+    slots : int32 or int64 tensor [n]
+        Negative slots give zeros.
+    fmt : KVFormat
+    dtype : torch.dtype
+        fp16, bf16 or float32.
+
+    Returns
+    -------
+    k, v : tensors [n, kv_heads, head_dim] of ``dtype``
+        Errors are those of the dtype or, for float32, below 1e-6 of the norm of the vector.
+
+    Raises
+    ------
+    TQError
+        For wrong shapes, dtypes or devices; where Triton cannot run; for slots past the pages in
+        debug mode, else they are undefined.
+    """
+    check_dequantize(pages, slots, fmt, dtype)
+    if dtype == torch.float64:
+        raise TQError(
+            "dtype=torch.float64: the kernel writes float16, bfloat16 or float32; choose one or "
+            "use dequantize_ref"
+        )
+    if slots.numel() > 1 and slots.stride(0) != 1:
+        raise TQError("slots is not contiguous: call .contiguous()")
+    kernels = portable_kernels("dequantize", pages.device)
+    if values_checked():
+        limit = pages.shape[0] * fmt.page_size
+        check_range("slots", slots, None, limit, "pass slots of these pages")
+    shape = (len(slots), pages.shape[1], fmt.head_dim)
+    k, v = (torch.empty(shape, dtype=dtype, device=pages.device) for _ in range(2))
+    kernels.dequantize(pages, slots, k, v, fmt)
+    return k, v

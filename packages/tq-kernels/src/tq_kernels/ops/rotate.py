@@ -11,8 +11,9 @@ from tq_core import HadamardRotation, TQError
 
 from tq_kernels.checks import FLOATS, check_format
 from tq_kernels.format import KVFormat
+from tq_kernels.ops.backend import portable_kernels
 
-__all__ = ["compute_dtype", "rotate_ref", "rotate_unchecked"]
+__all__ = ["compute_dtype", "rotate", "rotate_ref", "rotate_unchecked"]
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -78,6 +79,18 @@ def rotate_unchecked(x: Tensor, fmt: KVFormat, inverse: bool = False) -> Tensor:
     return x
 
 
+def _check(x: Tensor, fmt: KVFormat) -> None:
+    check_format(fmt)
+    if not isinstance(x, Tensor) or x.dtype not in FLOATS:
+        kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TQError(f"x is {kind}: pass a tensor of float16, bfloat16, float32 or float64")
+    if x.dim() == 0 or x.shape[-1] != fmt.head_dim:
+        raise TQError(
+            f"x has shape {tuple(x.shape)}: the last dimension must be head_dim={fmt.head_dim}; "
+            "use the KVFormat of this head_dim"
+        )
+
+
 def rotate_ref(x: Tensor, fmt: KVFormat, inverse: bool = False) -> Tensor:
     """``R x`` for every vector, or ``Rᵀ x``.
 
@@ -98,13 +111,41 @@ def rotate_ref(x: Tensor, fmt: KVFormat, inverse: bool = False) -> Tensor:
     TQError
         For another dtype or last dimension.
     """
-    check_format(fmt)
-    if not isinstance(x, Tensor) or x.dtype not in FLOATS:
-        kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TQError(f"x is {kind}: pass a tensor of float16, bfloat16, float32 or float64")
-    if x.dim() == 0 or x.shape[-1] != fmt.head_dim:
-        raise TQError(
-            f"x has shape {tuple(x.shape)}: the last dimension must be head_dim={fmt.head_dim}; "
-            "use the KVFormat of this head_dim"
-        )
+    _check(x, fmt)
     return rotate_unchecked(x.to(compute_dtype(x.dtype)), fmt, inverse).to(x.dtype)
+
+
+def rotate(x: Tensor, fmt: KVFormat, inverse: bool = False) -> Tensor:
+    """``R x`` for every vector, or ``Rᵀ x``, in one launch: the kernel for :func:`rotate_ref`.
+
+    Parameters
+    ----------
+    x : fp16, bf16 or float32 tensor [..., head_dim]
+        Rows whose strides cannot be merged into one are copied.
+    fmt : KVFormat
+    inverse : bool
+        Rotate back.
+
+    Returns
+    -------
+    tensor like ``x``, contiguous
+        Errors are those of the dtype or, for float32, below 1e-6 of the norm of the vector.
+
+    Raises
+    ------
+    TQError
+        For another dtype or last dimension; where Triton cannot run.
+    """
+    _check(x, fmt)
+    if x.dtype == torch.float64:
+        raise TQError(
+            "x has dtype torch.float64: the kernel takes float16, bfloat16 or float32; convert it "
+            "or use rotate_ref"
+        )
+    kernels = portable_kernels("rotate", x.device)
+    rows = x.reshape(-1, fmt.head_dim)
+    if rows.numel() and rows.stride(-1) != 1:
+        rows = rows.contiguous()
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    kernels.rotate(rows, out.view(-1, fmt.head_dim), fmt, inverse)
+    return out
