@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from tq_kernels.attend import attend_codes, attend_dense, merge_sink, merge_states
 from tq_kernels.checks import debug_mode
+from tq_kernels.decode_plan import DecodePlan
 from tq_kernels.format import KVFormat
-from tq_kernels.ops.decode import decode_ref
+from tq_kernels.ops.decode import decode, decode_ref
 from tq_kernels.ops.dequantize import dequantize, dequantize_ref
 from tq_kernels.ops.prefill import prefill_ref
 from tq_kernels.ops.rotate import rotate, rotate_ref
@@ -17,11 +18,13 @@ from tq_kernels.ops.store import store, store_ref
 from tq_kernels.quantize import TokenCodes, decode_tokens, encode_tokens
 
 __all__ = [
+    "DecodePlan",
     "KVFormat",
     "TokenCodes",
     "attend_codes",
     "attend_dense",
     "debug_mode",
+    "decode",
     "decode_ref",
     "decode_tokens",
     "dequantize",

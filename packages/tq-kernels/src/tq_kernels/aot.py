@@ -48,6 +48,7 @@ MODULES: tuple[str, ...] = (
     "tq_kernels.portable.store",
     "tq_kernels.portable.rotate",
     "tq_kernels.portable.dequantize",
+    "tq_kernels.nvidia.decode",
 )
 
 #: Name of each target: backend, architecture and lanes of a warp.

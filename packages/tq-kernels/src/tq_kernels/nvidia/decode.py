@@ -3,45 +3,68 @@
 from __future__ import annotations
 
 import math
-from typing import Protocol
 
 import numpy as np
 import torch
 import triton
+from torch import Tensor
+from tq_core import Codebook, TQError
 
+from tq_kernels.aot import Variant
+from tq_kernels.format import KVFormat
 from tq_kernels.nvidia.decode_kernel import decode_partials
 from tq_kernels.nvidia.rows_kernel import combine_partials, prepare_queries
+from tq_kernels.plan import AttentionSpec
+from tq_kernels.quantize import codebook_of
 
-__all__ = ["NvidiaDecodePlan", "supported"]
+__all__ = ["NvidiaDecodePlan", "aot_variants", "unsupported"]
 
 LOG2E = 1.4426950408889634
 
-#: Warps a multiprocessor runs at once, by number of query blocks: one wave of programs.
-WARPS_PER_SM = {1: 12, 2: 8, 4: 5}
+#: Numbers of a query block (4 rows x head_dim) that a warp holds at most without spilling.
+MOST_BLOCKS = {64: 4, 128: 2, 256: 1}
+#: Warps that a multiprocessor runs at once, by head_dim x blocks: one wave of programs.
+WARPS_PER_SM = {64: 15, 128: 12, 256: 8}
+#: Query rows that one combining program merges, where there are many.
+MERGED_ROWS = 16
 
 
-class _Codebook(Protocol):
-    levels: np.ndarray
-    step: float
-    bits: int
+def unsupported(spec: AttentionSpec) -> str | None:
+    """Why the kernel does not cover a plan, or None if it does."""
+    if spec.device.type != "cuda" or torch.version.hip:
+        return f"device {spec.device} is no NVIDIA GPU"
+    capability = torch.cuda.get_device_capability(spec.device)
+    if capability < (8, 0):
+        return f"compute capability {capability[0]}.{capability[1]} is below 8.0"
+    if spec.fmt.head_dim not in MOST_BLOCKS:
+        return f"head_dim {spec.fmt.head_dim} is none of {', '.join(map(str, MOST_BLOCKS))}"
+    if spec.dtype == torch.float32:
+        return "float32 queries keep 16 bits in this kernel"
+    return None
 
 
-def _table(codebook: _Codebook) -> tuple[int, int, int, int]:
+def _table(codebook: Codebook) -> tuple[int, int, int, int]:
     """Lookup registers of a codebook: level bytes 0-3, 4-7, 8-11, 12-15."""
     if codebook.bits == 8:
         return 0, 0, 0, 0
     levels = np.zeros(16, np.uint8)
-    levels[: len(codebook.levels)] = codebook.levels
-    words = levels.view("<i4")
-    return int(words[0]), int(words[1]), int(words[2]), int(words[3])
+    assert codebook.levels is not None
+    levels[: 2**codebook.bits] = codebook.levels
+    first, second, third, fourth = (int(word) for word in levels.view("<i4"))
+    return first, second, third, fourth
 
 
-def _center(codebook: _Codebook) -> float:
+def _center(codebook: Codebook) -> float:
     # 8-bit codes become signed bytes, code - 128, and their grid is centred at -1/2.
     return -0.5 if codebook.bits == 8 else 63.5
 
 
-def _exact_rotation(matrix: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, float]:
+def _step(codebook: Codebook) -> float:
+    assert codebook.step is not None
+    return float(codebook.step)
+
+
+def _exact_rotation(matrix: Tensor) -> tuple[Tensor, float]:
     """A rotation as ``scale`` times an fp16 matrix if that is exact, else as float32."""
     dim = matrix.shape[0]
     if dim & (dim - 1) == 0:
@@ -50,175 +73,188 @@ def _exact_rotation(matrix: torch.Tensor, device: torch.device) -> tuple[torch.T
             integers = matrix.double() / scale
             rounded = integers.round()
             if (integers - rounded).abs().max() < 1e-6 and rounded.abs().max() <= 2048:
-                return rounded.half().to(device), scale
-    return matrix.float().to(device), 1.0
+                return rounded.half(), scale
+    return matrix.float(), 1.0
 
 
-def supported(head_dim: int, k_bits: int, v_bits: int, group: int, device: torch.device) -> bool:
-    """Whether the kernel covers this format on this device."""
-    if (
-        device.type != "cuda"
-        or torch.version.hip
-        or torch.cuda.get_device_capability(device) < (8, 0)
-    ):
-        return False
-    return head_dim in (64, 128, 256) and {k_bits, v_bits} <= {2, 3, 4, 8} and group <= 16
+def _layout(spec: AttentionSpec) -> tuple[int, int]:
+    """Query blocks of a program and how many programs share the rows of a KV head."""
+    needed = max(1, math.ceil(spec.group * spec.max_query_len / 4))
+    most = MOST_BLOCKS[spec.fmt.head_dim]
+    if needed > most:
+        return most, math.ceil(needed / most)
+    return 1 << (needed - 1).bit_length(), 1
+
+
+def partials_constants(spec: AttentionSpec, blocks: int, batch_block: int) -> dict[str, object]:
+    """Constants of :func:`decode_partials`, other than ``PDL``."""
+    fmt = spec.fmt
+    return {
+        "K_BITS": fmt.k_bits,
+        "V_BITS": fmt.v_bits,
+        "D": fmt.head_dim,
+        "PAGE": fmt.page_size,
+        "NB": blocks,
+        "BATCH_BLOCK": batch_block,
+        "WINDOW": spec.sliding_window is not None,
+        "CAP": spec.soft_cap is not None,
+        "LATE": fmt.head_dim * blocks >= 256,
+    }
 
 
 class NvidiaDecodePlan:
-    """Buffers and launch parameters for decode on compressed pages.
+    """Buffers and launches of decode by the NVIDIA kernels; see :class:`tq_kernels.DecodePlan`.
 
-    ``run`` allocates nothing, reads lengths on the device and can be captured in a CUDA
-    graph; a graph stays right when lengths change.
+    ``run`` allocates nothing and reads lengths on the device: it can be captured in a CUDA graph,
+    which stays right when lengths, tables and pages change.
 
     Parameters
     ----------
-    head_dim, k_bits, v_bits, page_size
-        Of the page format.
-    k_codebook, v_codebook
-        Grid codebooks (``levels``, ``step``) of keys and values.
-    rotation_matrix
-        ``[head_dim, head_dim]``, ``y = R x``.
-    heads, kv_heads
-        Query and KV heads.
-    max_batch, max_query_len
-        Upper bounds of what ``run`` is given.
-    softmax_scale
-        Factor of the logits; ``head_dim ** -0.5`` by default.
-    soft_cap
-        ``cap * tanh(logit / cap)``; 0 for none.
-    sliding_window
-        Number of most recent tokens each query sees, itself included; 0 for all.
-    device
-        A CUDA device.
+    spec : AttentionSpec
+
+    Raises
+    ------
+    TQError
+        If :func:`unsupported` names a reason.
     """
 
-    def __init__(
-        self,
-        *,
-        head_dim: int,
-        k_bits: int,
-        v_bits: int,
-        page_size: int,
-        k_codebook: _Codebook,
-        v_codebook: _Codebook,
-        rotation_matrix: torch.Tensor,
-        heads: int,
-        kv_heads: int,
-        max_batch: int,
-        device: torch.device,
-        max_query_len: int = 1,
-        softmax_scale: float | None = None,
-        soft_cap: float = 0.0,
-        sliding_window: int = 0,
-        warps_per_sm: int | None = None,
-    ) -> None:
-        if heads % kv_heads:
-            raise ValueError(
-                f"heads={heads} is not a multiple of kv_heads={kv_heads}; pass the model's own numbers"
-            )
-        self.group = heads // kv_heads
-        blocks = max(1, math.ceil(self.group * max_query_len / 4))
-        blocks = 1 << (blocks - 1).bit_length()
-        if blocks > 4:
-            raise ValueError(
-                f"group {self.group} x max_query_len {max_query_len} needs {4 * blocks} query rows, "
-                "at most 16 fit this kernel; use the portable decode"
-            )
-        self.head_dim, self.k_bits, self.v_bits, self.page_size = (
-            head_dim,
-            k_bits,
-            v_bits,
-            page_size,
-        )
-        self.heads, self.kv_heads, self.blocks, self.max_batch = heads, kv_heads, blocks, max_batch
-        self.soft_cap, self.window = float(soft_cap), int(sliding_window)
-        self.device = device
+    def __init__(self, spec: AttentionSpec) -> None:
+        reason = unsupported(spec)
+        if reason is not None:
+            raise TQError(f"{reason}: use tq_kernels.DecodePlan, which falls back")
+        self.spec = spec
+        fmt, device = spec.fmt, spec.device
+        self.blocks, self.chunks = _layout(spec)
+        # Programmatic dependent launch hides the gaps between the three kernels.
+        self._overlap = torch.cuda.get_device_capability(device) >= (9, 0)
         sms = torch.cuda.get_device_properties(device).multi_processor_count
-        self.programs = sms * (warps_per_sm or WARPS_PER_SM[blocks])
-        self.k_table, self.v_table = _table(k_codebook), _table(v_codebook)
-        self.k_center, self.v_center = _center(k_codebook), _center(v_codebook)
-        self.v_step = float(v_codebook.step)
-        matrix, scale = _exact_rotation(rotation_matrix, device)
-        self.rotation, self.rotation_scale = matrix.contiguous(), scale
-        self.rotation_transposed = matrix.T.contiguous()
-        self.precision = "tf32" if matrix.dtype == torch.float16 else "ieee"
-        softmax_scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
-        self.logit_scale = softmax_scale * LOG2E * float(k_codebook.step) * scale
+        self.programs = sms * WARPS_PER_SM[fmt.head_dim * self.blocks]
+        keys, values = codebook_of(fmt, "k"), codebook_of(fmt, "v")
+        self._k_table, self._v_table = _table(keys), _table(values)
+        self._k_center, self._v_center = _center(keys), _center(values)
+        self._v_step = _step(values)
+        matrix, scale = _exact_rotation(fmt.rotation_matrix("cpu", torch.float64))
+        self._inverse, self._inverse_scale = matrix.to(device).contiguous(), scale
+        self._forward = matrix.T.to(device).contiguous()
+        self._precision = "tf32" if matrix.dtype == torch.float16 else "ieee"
+        self._logit_scale = spec.scale * LOG2E * _step(keys) * scale
 
-        pairs = max_batch * kv_heads
-        rows = pairs * 4 * blocks
-        slots = self.programs + pairs
-        self.q_digits = torch.empty(rows * 2 * head_dim, dtype=torch.int8, device=device)
-        self.q_affine = torch.empty(rows * 2, dtype=torch.float32, device=device)
-        self.partial_out = torch.empty(
-            slots * 4 * blocks * head_dim, dtype=torch.float32, device=device
-        )
-        self.partial_stats = torch.empty(slots * 4 * blocks * 2, dtype=torch.float32, device=device)
-        self.one_query = torch.arange(max_batch + 1, dtype=torch.int32, device=device)
-        self.no_sinks = torch.empty(1, dtype=torch.float32, device=device)
+        pairs = spec.max_batch * spec.kv_heads * self.chunks
+        rows = pairs * 4 * self.blocks
+        slots = (self.programs + pairs) * 4 * self.blocks
+        self._q_digits = torch.empty(rows * 2 * fmt.head_dim, dtype=torch.int8, device=device)
+        self._q_affine = torch.empty(rows * 4, dtype=torch.float32, device=device)
+        self._partial_out = torch.empty(slots * fmt.head_dim, dtype=torch.float32, device=device)
+        self._partial_stats = torch.empty(slots * 2, dtype=torch.float32, device=device)
+        self._one_each = torch.arange(spec.max_batch + 1, dtype=torch.int32, device=device)
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Bytes of all buffers."""
+        tensors = (t for t in vars(self).values() if isinstance(t, Tensor))
+        return sum(t.numel() * t.element_size() for t in tensors)
 
     def run(
         self,
-        q: torch.Tensor,
-        pages: torch.Tensor,
-        block_table: torch.Tensor,
-        seq_lens: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
+        q: Tensor,
+        pages: Tensor,
+        block_table: Tensor,
+        seq_lens: Tensor,
+        out: Tensor,
+        lse: Tensor,
         *,
-        cu_query_lens: torch.Tensor | None = None,
-        sinks: torch.Tensor | None = None,
+        cu_query_lens: Tensor | None = None,
+        sinks: Tensor | None = None,
+        key_center: Tensor | None = None,
     ) -> None:
-        """Attention of ``q`` on the pages into ``out`` and ``lse``.
-
-        Parameters
-        ----------
-        q, out
-            ``[tokens, heads, head_dim]``, fp16 or bf16, last dimension contiguous.
-        pages
-            uint8 ``[num_pages, kv_heads, record_bytes]``.
-        block_table
-            int32 ``[batch, max_pages]``.
-        seq_lens
-            int32 ``[batch]``, lengths with the queries included.
-        lse
-            float32 ``[tokens, heads]``, natural logarithm.
-        cu_query_lens
-            int32 ``[batch + 1]``; one query a sequence if left out.
-        sinks
-            ``[heads]`` learned sink logits.
-        """
+        """Attention of ``q`` on the pages into ``out`` and ``lse``; see ``DecodePlan.run``."""
+        spec = self.spec
+        spec.check_run(
+            q, pages, block_table, seq_lens, out, lse,
+            cu_query_lens=cu_query_lens, sinks=sinks, key_center=key_center,
+        )  # fmt: skip
         batch = seq_lens.shape[0]
-        pairs = batch * self.kv_heads
+        if batch == 0 or q.shape[0] == 0:
+            return
+        pairs = batch * spec.kv_heads * self.chunks
         rows = pairs * 4 * self.blocks
-        cu = self.one_query if cu_query_lens is None else cu_query_lens
+        cu = self._one_each if cu_query_lens is None else cu_query_lens
         batch_block = max(32, triton.next_power_of_2(batch))
-        prepare_queries[(triton.cdiv(rows, 16),)](
-            q, self.rotation_transposed, cu, self.q_digits, self.q_affine,
-            self.logit_scale, self.k_center, self.group, self.kv_heads, pairs,
-            q.stride(0), q.stride(1),
-            D=self.head_dim, NB=self.blocks, ROWS=16, PRECISION=self.precision,
-            num_warps=4,
+        dim, window = spec.fmt.head_dim, spec.sliding_window or 0
+        after = {"launch_pdl": True} if self._overlap else {}
+        prepare_queries[(triton.cdiv(rows, MERGED_ROWS),)](
+            q, self._forward, cu, q if key_center is None else key_center,
+            self._q_digits, self._q_affine,
+            self._logit_scale, spec.scale * LOG2E, self._k_center,
+            spec.group, spec.kv_heads, self.chunks, pairs, q.stride(0), q.stride(1),
+            D=dim, NB=self.blocks, ROWS=MERGED_ROWS, CENTER=key_center is not None,
+            PRECISION=self._precision, PDL=self._overlap, num_warps=4,
         )  # fmt: skip
         decode_partials[(self.programs,)](
-            pages, block_table, seq_lens, cu, self.q_digits, self.q_affine,
-            self.partial_out, self.partial_stats,
-            *self.k_table, *self.v_table, self.v_center, self.v_step, self.soft_cap, self.window,
-            batch, self.kv_heads, self.group, self.programs,
+            pages, block_table, seq_lens, cu, self._q_digits, self._q_affine,
+            self._partial_out, self._partial_stats, *self._k_table, *self._v_table,
+            self._v_center, self._v_step, spec.soft_cap or 0.0, window,
+            batch, spec.kv_heads, self.chunks, spec.group, self.programs,
             pages.stride(0), pages.stride(1), block_table.stride(0),
-            K_BITS=self.k_bits, V_BITS=self.v_bits, D=self.head_dim, PAGE=self.page_size,
-            NB=self.blocks, BATCH_BLOCK=batch_block, WINDOW=self.window > 0, CAP=self.soft_cap > 0,
-            num_warps=1,
+            **partials_constants(spec, self.blocks, batch_block),
+            PDL=self._overlap, num_warps=1, **after,
         )  # fmt: skip
         one_row = self.programs >= 8 * pairs
-        combine_partials[(rows if one_row else triton.cdiv(rows, 16),)](
-            self.partial_out, self.partial_stats, seq_lens, cu, self.rotation,
-            self.no_sinks if sinks is None else sinks, out, lse,
-            self.rotation_scale, batch, self.group, self.kv_heads, self.programs, pairs,
+        combine_partials[(rows if one_row else triton.cdiv(rows, MERGED_ROWS),)](
+            self._partial_out, self._partial_stats, seq_lens, cu, self._inverse,
+            lse if sinks is None else sinks, out, lse, self._inverse_scale,
+            batch, spec.group, spec.kv_heads, self.chunks, self.programs, pairs, window,
             out.stride(0), out.stride(1), lse.stride(0),
-            D=self.head_dim, NB=self.blocks, ROWS=1 if one_row else 16,
-            SPLITS=32 if one_row else 1, BATCH_BLOCK=batch_block,
-            SINKS=sinks is not None, PRECISION=self.precision,
-            num_warps=4,
+            D=dim, NB=self.blocks, ROWS=1 if one_row else MERGED_ROWS,
+            SPLITS=32 if one_row else 1, BATCH_BLOCK=batch_block, WINDOW=window > 0,
+            SINKS=sinks is not None, PRECISION=self._precision, PDL=self._overlap,
+            num_warps=4, **after,
         )  # fmt: skip
+
+
+#: What the kernels are compiled with ahead of time: head_dim, bits, query rows, all options.
+_CASES = (
+    *((128, k, v, 4, False) for k, v in ((4, 4), (4, 3), (3, 3), (2, 2), (8, 4))),
+    *((dim, 4, 4, 4, True) for dim in (64, 128, 256)),
+    (64, 3, 3, 16, False),
+    (128, 4, 4, 8, False),
+    (256, 8, 8, 4, False),
+)
+
+
+def aot_variants() -> list[Variant]:
+    """Variants of the three kernels over head_dim, bits, query rows and options."""
+    tensors = dict.fromkeys(("block_table", "seq_lens", "cu_query_lens"), "*i32")
+    partials = dict.fromkeys(("partial_out", "partial_stats"), "*fp32")
+    tables = tuple(f"{kind}_table{n}" for kind in "kv" for n in range(4))
+    sizes = ("batch", "kv_heads", "chunks", "group", "programs", "window")
+    strides = ("page_stride", "record_stride", "block_table_stride")
+    found = []
+    for dim, k_bits, v_bits, rows, options in _CASES:
+        spec = AttentionSpec(
+            KVFormat(dim, k_bits, v_bits), rows, 1, 1, 1, torch.bfloat16, torch.device("cpu"),
+            None, 30.0 if options else None, 512 if options else None,
+        )  # fmt: skip
+        blocks, _ = _layout(spec)
+        name = f"d{dim}-k{k_bits}v{v_bits}-rows{4 * blocks}" + "-all" * options
+        for targets, overlap in (
+            (("sm_80", "sm_89"), False),
+            (("sm_90", "sm_100", "sm_120"), True),
+        ):
+            found.append(
+                Variant(
+                    name=f"partials-{name}",
+                    kernel=decode_partials,
+                    signature={
+                        "pages": "*u8", **tensors, "q_digits": "*i8", "q_affine": "*fp32",
+                        **partials, **dict.fromkeys((*tables, *sizes, *strides), "i32"),
+                        **dict.fromkeys(("v_center", "v_step", "soft_cap"), "fp32"),
+                    },
+                    constexprs={**partials_constants(spec, blocks, 32), "PDL": overlap},
+                    num_warps=1,
+                    aligned=strides[:2],
+                    targets=targets,
+                    quick=(dim, k_bits, v_bits, options) == (128, 4, 4, False) and rows == 4,
+                )
+            )  # fmt: skip
+    return found

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, assignment, misc"
 """Split-KV decode on packed codes, one warp a program, codes straight into int8 tensor cores.
 
 A program walks a contiguous range of 64-token tiles of the flattened list of all
@@ -19,8 +20,10 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tq_kernels.nvidia.ptx import load_words, pv_tile, qk_tile
+from tq_kernels.nvidia.rows_kernel import tiles_of
 
 __all__ = ["TILE", "decode_partials"]
 
@@ -127,45 +130,65 @@ def _half(word, UPPER: tl.constexpr):
 
 
 @triton.jit
-def _load_tile(
+def _record(pages, block_table, token, last_page, page_stride, PAGE: tl.constexpr):
+    """Address of the record that holds each lane's token; past the end, of the last one."""
+    page = tl.load(block_table + tl.minimum(token // PAGE, last_page)).to(tl.int64)
+    return pages + page * page_stride
+
+
+@triton.jit
+def _load_tile_keys(
     pages,
     block_table,
-    kv_head,
     tile,
     last_page,
     lane_g,
     lane_t,
     page_stride,
-    record_stride,
     K_BITS: tl.constexpr,
     V_BITS: tl.constexpr,
     D: tl.constexpr,
     PAGE: tl.constexpr,
 ):
-    """Everything a lane needs of one tile: key words, value words, scales (packed fp16)."""
-    K_BYTES: tl.constexpr = PAGE * D * K_BITS // 8
-    V_BYTES: tl.constexpr = PAGE * D * V_BITS // 8
-    NW: tl.constexpr = D // 32
-    k_token = tile * 64 + lane_g * 8
-    v_token = tile * 64 + lane_t * 16
-    k_page = tl.load(block_table + tl.minimum(k_token // PAGE, last_page)).to(tl.int64)
-    v_page = tl.load(block_table + tl.minimum(v_token // PAGE, last_page)).to(tl.int64)
-    k_record = pages + k_page * page_stride + kv_head * record_stride
-    v_record = pages + v_page * page_stride + kv_head * record_stride + K_BYTES
-    k_shift = (lane_t & 1) * 2
-    v_shift = (lane_g & 1) * 2
+    """Key words and scales (packed fp16) of a lane's 8 tokens of a tile."""
+    token = tile * 64 + lane_g * 8
+    record = _record(pages, block_table, token, last_page, page_stride, PAGE)
+    token = token % PAGE
+    shift = (lane_t & 1) * 2
     keys = ()
     for i in tl.static_range(8):
-        keys = keys + _load_keys(k_record, k_token % PAGE + i, k_shift, lane_t, K_BITS, D, PAGE)
-    scales = k_record + K_BYTES + V_BYTES + (k_token % PAGE) * 2
-    k_scales = _load(scales, 4)
-    v_scales = _load(scales + PAGE * 2, 4)
+        keys = keys + _load_keys(record, token + i, shift, lane_t, K_BITS, D, PAGE)
+    return keys, _load(record + PAGE * D * (K_BITS + V_BITS) // 8 + token * 2, 4)
+
+
+@triton.jit
+def _load_tile_values(
+    pages,
+    block_table,
+    tile,
+    last_page,
+    lane_g,
+    lane_t,
+    page_stride,
+    K_BITS: tl.constexpr,
+    V_BITS: tl.constexpr,
+    D: tl.constexpr,
+    PAGE: tl.constexpr,
+):
+    """Value words of a lane's 4 quads of a tile, and the scales of the tokens of its keys."""
+    token = tile * 64 + lane_t * 16
+    record = _record(pages, block_table, token, last_page, page_stride, PAGE)
+    quad = token % PAGE // 4
+    shift = (lane_g & 1) * 2
     values = ()
     for i in tl.static_range(4):
         values = values + _load_values(
-            v_record, (v_token % PAGE) // 4 + i, v_shift, lane_g, V_BITS, D, PAGE
+            record + PAGE * D * K_BITS // 8, quad + i, shift, lane_g, V_BITS, D, PAGE
         )
-    return keys, values, k_scales, v_scales
+    token = tile * 64 + lane_g * 8
+    record = _record(pages, block_table, token, last_page, page_stride, PAGE)
+    scales = record + PAGE * D * (K_BITS + V_BITS) // 8 + PAGE * 2
+    return values, _load(scales + token % PAGE * 2, 4)
 
 
 @triton.jit
@@ -236,27 +259,30 @@ def _weigh(
     values,
     weights,
     table,
-    I: tl.constexpr,
+    INDEX: tl.constexpr,
     V_BITS: tl.constexpr,
     NW: tl.constexpr,
     NB: tl.constexpr,
 ):
-    """Integer weighted sums of the dimensions in nibble-word ``I`` of both halves."""
+    """Integer weighted sums of the dimensions in nibble-word ``INDEX`` of both halves."""
     WORDS: tl.constexpr = 1 if V_BITS == 2 or V_BITS == 4 else 2
     ROW: tl.constexpr = NW * V_BITS // 4 if V_BITS != 3 else NW // 2 + max(1, NW // 4)
-    asm: tl.constexpr = pv_tile(V_BITS, WORDS, I, NB)[0]
-    constraints: tl.constexpr = pv_tile(V_BITS, WORDS, I, NB)[1]
+    asm: tl.constexpr = pv_tile(V_BITS, WORDS, INDEX, NB)[0]
+    constraints: tl.constexpr = pv_tile(V_BITS, WORDS, INDEX, NB)[1]
     operands = ()
     for part in tl.static_range(8):
         if V_BITS == 8:
-            operands = operands + (values[part * ROW + 2 * I], values[part * ROW + 2 * I + 1])
+            operands = operands + (
+                values[part * ROW + 2 * INDEX],
+                values[part * ROW + 2 * INDEX + 1],
+            )
         elif V_BITS == 3:
             operands = operands + (
-                values[part * ROW + I // 2],
-                values[part * ROW + NW // 2 + I // 4],
+                values[part * ROW + INDEX // 2],
+                values[part * ROW + NW // 2 + INDEX // 4],
             )
         else:
-            operands = operands + (values[part * ROW + I * V_BITS // 4],)
+            operands = operands + (values[part * ROW + INDEX * V_BITS // 4],)
     return tl.inline_asm_elementwise(
         asm,
         constraints,
@@ -279,6 +305,7 @@ def _attend(
     starts,
     state,
     token,
+    length,
     lane,
     k_table,
     v_table,
@@ -290,21 +317,29 @@ def _attend(
     WINDOW: tl.constexpr,
     CAP: tl.constexpr,
 ):
-    """One tile into the running state, a tuple for each block: (max, sum, centre, sums ...)."""
+    """One tile into the running state: (max, sum, centre) of each block, then the sums of values."""
     NW: tl.constexpr = D // 32
     PER_ROW: tl.constexpr = NW * K_BITS // 4 if K_BITS != 3 else NW // 2 + max(1, NW // 4)
     DIGITS: tl.constexpr = 12582912.0  # 1.5 * 2^23: adding it rounds to an integer
-    WIDTH: tl.constexpr = 3 + D // 8
     dots = _scores(keys, query, k_table, PER_ROW, K_BITS, D, NB)
+    # Scales past the end may be anything; as 0 they reach nothing.
+    scales = ()
+    top_scale = tl.zeros([32], tl.float32)
+    for i in tl.static_range(8):
+        scale = tl.where(token + i < length, _half(v_scales[i // 2], i % 2 == 1), 0.0)
+        top_scale = tl.maximum(top_scale, scale)
+        scales = scales + (scale,)
+    top_scale = _max_over_groups(top_scale)
     weights = ()
     gains = ()
     for n in tl.static_range(NB):
-        row_max = state[n * WIDTH]
+        row_max = state[3 * n]
         logits = ()
-        tile_max = row_max
+        tile_max = tl.full([32], float("-inf"), tl.float32)
         for i in tl.static_range(8):
             dot = dots[(i // 2) * 2 * NB + 2 * n + i % 2].to(tl.float32)
-            logit = (dot * affine[2 * n] + affine[2 * n + 1]) * _half(k_scales[i // 2], i % 2 == 1)
+            logit = dot * affine[3 * n] + affine[3 * n + 1]
+            logit = logit * _half(k_scales[i // 2], i % 2 == 1) + affine[3 * n + 2]
             if CAP:
                 tanh = 1.0 - 2.0 / (1.0 + tl.exp2(logit * (2.0 / soft_cap)))
                 logit = soft_cap * 1.4426950408889634 * tanh
@@ -315,18 +350,17 @@ def _attend(
             tile_max = tl.maximum(tile_max, logit)
             logits = logits + (logit,)
         tile_max = _max_over_groups(tile_max)
-        safe_max = tl.maximum(tile_max, -1e30)
+        new_max = tl.maximum(row_max, tile_max)
+        safe_max = tl.maximum(new_max, -1e30)
         shrink = tl.exp2(row_max - safe_max)
         products = ()
-        row_sum = state[n * WIDTH + 1] * shrink
-        top = tl.zeros([32], tl.float32)
+        row_sum = state[3 * n + 1] * shrink
         for i in tl.static_range(8):
             p = tl.exp2(logits[i] - safe_max)
             row_sum += p
-            product = tl.where(p > 0.0, p * _half(v_scales[i // 2], i % 2 == 1), 0.0)
-            top = tl.maximum(top, product)
-            products = products + (product,)
-        top = tl.maximum(_max_over_groups(top), 1e-30)
+            products = products + (p * scales[i],)
+        # A bound of the products, of this tile: the digits keep their precision where all are small.
+        top = tl.maximum(tl.exp2(tile_max - safe_max) * top_scale, 1e-30)
         gain = 32639.0 / top
         unit = top * (1.0 / 32639.0)
         total = tl.zeros([32], tl.float32)
@@ -354,24 +388,23 @@ def _attend(
                 second = _shuffle(low[quad], source)
                 weights = weights + (tl.where((lane // 4) % 2 == 0, first, second),)
         gains = gains + (
-            tile_max,
+            new_max,
             row_sum,
-            state[n * WIDTH + 2] * shrink + total * unit,
+            state[3 * n + 2] * shrink + total * unit,
             shrink,
             unit,
         )
 
-    sums = ()
-    for i in tl.static_range(NW):
-        sums = sums + _weigh(values, weights, v_table, i, V_BITS, NW, NB)
     new_state = ()
     for n in tl.static_range(NB):
         new_state = new_state + (gains[5 * n], gains[5 * n + 1], gains[5 * n + 2])
-        for i in tl.static_range(NW):
+    for i in tl.static_range(NW):
+        sums = _weigh(values, weights, v_table, i, V_BITS, NW, NB)
+        for n in tl.static_range(NB):
             for parity in tl.static_range(2):
                 for half in tl.static_range(2):
-                    joined = _joined(sums, i * 8 * NB + parity * 4 * NB + 4 * n + 2 * half)
-                    old = state[n * WIDTH + 3 + i * 4 + parity * 2 + half]
+                    joined = _joined(sums, parity * 4 * NB + 4 * n + 2 * half)
+                    old = state[3 * NB + (i * NB + n) * 4 + parity * 2 + half]
                     new_state = new_state + (old * gains[5 * n + 3] + joined * gains[5 * n + 4],)
     return new_state
 
@@ -400,6 +433,7 @@ def decode_partials(
     window,
     batch,
     kv_heads,
+    chunks,
     group,
     programs,
     page_stride,
@@ -413,6 +447,8 @@ def decode_partials(
     BATCH_BLOCK: tl.constexpr,
     WINDOW: tl.constexpr,
     CAP: tl.constexpr,
+    LATE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Partial attention of every (program, pair) that meet; see the module's description.
 
@@ -420,33 +456,40 @@ def decode_partials(
     ``[programs + pairs, 4 NB, 2]`` (base-2 maximum, sum) receive slot ``program + pair``.
     """
     NW: tl.constexpr = D // 32
-    WIDTH: tl.constexpr = 3 + D // 8
     program = tl.program_id(0)
     lane = tl.arange(0, 32)
     lane_g = lane // 4
     lane_t = lane % 4
-    pages_address = pages.to(tl.int64)
 
     sequences = tl.arange(0, BATCH_BLOCK)
-    lengths = tl.load(seq_lens + sequences, mask=sequences < batch, other=0)
-    tiles_of = (lengths + 63) // 64 * kv_heads
-    ends = tl.cumsum(tiles_of, 0)
-    total = tl.sum(tiles_of, 0)
+    known = sequences < batch
+    lengths = tl.load(seq_lens + sequences, mask=known, other=0)
+    query_starts = tl.load(cu_query_lens + sequences, mask=known, other=0)
+    query_ends = tl.load(cu_query_lens + sequences + 1, mask=known, other=0)
+    _skipped, tile_counts = tiles_of(lengths, query_ends - query_starts, window, WINDOW)
+    heads_of = kv_heads * chunks
+    tile_counts = tile_counts * heads_of
+    ends = tl.cumsum(tile_counts, 0)
+    total = tl.sum(tile_counts, 0)
     per_program = (total + programs - 1) // programs
     position = program * per_program
     stop = tl.minimum(position + per_program, total)
+    if PDL:
+        gdc_wait()
 
     while position < stop:
         sequence = tl.sum((ends <= position).to(tl.int32), 0)
-        before = tl.sum(tl.where(sequences < sequence, tiles_of, 0), 0)
+        before = tl.sum(tl.where(sequences < sequence, tile_counts, 0), 0)
         length = tl.load(seq_lens + sequence)
-        tiles = (length + 63) // 64
-        kv_head = (position - before) // tiles
-        first = (position - before) % tiles
-        count = tl.minimum(tiles - first, stop - position)
-        pair = sequence * kv_heads + kv_head
         query_start = tl.load(cu_query_lens + sequence)
         query_len = tl.load(cu_query_lens + sequence + 1) - query_start
+        skipped, tiles = tiles_of(length, query_len, window, WINDOW)
+        inside = (position - before) % tiles
+        head_chunk = (position - before) // tiles
+        kv_head = head_chunk // chunks
+        count = tl.minimum(tiles - inside, stop - position)
+        first = skipped + inside
+        pair = sequence * heads_of + head_chunk
         table = block_table + sequence.to(tl.int64) * block_table_stride
         last_page = tl.maximum(length - 1, 0) // PAGE
 
@@ -459,49 +502,40 @@ def decode_partials(
             block = (pair * NB + n).to(tl.int64)
             address = q_digits.to(tl.int64) + (block * 8 + lane_g) * D + lane_t * (D // 4)
             query = query + _load(address, D // 16)
-            row = n * 4 + lane_t
-            scale = tl.load(q_affine + (block * 4 + lane_t) * 2)
-            bias = tl.load(q_affine + (block * 4 + lane_t) * 2 + 1)
-            affine = affine + (scale, bias)
+            row = (head_chunk % chunks * NB + n) * 4 + lane_t
+            for part in tl.static_range(3):
+                affine = affine + (tl.load(q_affine + (block * 4 + lane_t) * 4 + part),)
             limit = tl.minimum(length - query_len + row // group + 1, length)
             limits = limits + (limit,)
             starts = starts + (limit - window,)
             state = state + (tl.full([32], float("-inf"), tl.float32),)
-            for _ in tl.static_range(WIDTH - 1):
-                state = state + (tl.zeros([32], tl.float32),)
+            state = state + (tl.zeros([32], tl.float32), tl.zeros([32], tl.float32))
+        for _ in tl.static_range(NB * D // 8):
+            state = state + (tl.zeros([32], tl.float32),)
 
-        keys, values, k_scales, v_scales = _load_tile(
-            pages_address,
-            table,
-            kv_head,
-            first,
-            last_page,
-            lane_g,
-            lane_t,
-            page_stride,
-            record_stride,
-            K_BITS,
-            V_BITS,
-            D,
-            PAGE,
+        head = pages.to(tl.int64) + kv_head.to(tl.int64) * record_stride
+        keys, k_scales = _load_tile_keys(
+            head, table, first, last_page, lane_g, lane_t, page_stride, K_BITS, V_BITS, D, PAGE
         )
-        for tile in range(first, first + count):
-            next_tile = tl.minimum(tile + 1, first + count - 1)
-            next_keys, next_values, next_k_scales, next_v_scales = _load_tile(
-                pages_address,
-                table,
-                kv_head,
-                next_tile,
-                last_page,
-                lane_g,
-                lane_t,
-                page_stride,
-                record_stride,
-                K_BITS,
-                V_BITS,
-                D,
-                PAGE,
+        if not LATE:
+            values, v_scales = _load_tile_values(
+                head, table, first, last_page, lane_g, lane_t, page_stride, K_BITS, V_BITS, D, PAGE
             )
+        for tile in range(first, first + count):
+            if LATE:
+                values, v_scales = _load_tile_values(
+                    head,
+                    table,
+                    tile,
+                    last_page,
+                    lane_g,
+                    lane_t,
+                    page_stride,
+                    K_BITS,
+                    V_BITS,
+                    D,
+                    PAGE,
+                )
             state = _attend(
                 keys,
                 values,
@@ -513,6 +547,7 @@ def decode_partials(
                 starts,
                 state,
                 tile * 64 + lane_g * 8,
+                length,
                 lane,
                 (k_table0, k_table1, k_table2, k_table3),
                 (v_table0, v_table1, v_table2, v_table3),
@@ -524,22 +559,39 @@ def decode_partials(
                 WINDOW,
                 CAP,
             )
-            keys = next_keys
-            values = next_values
-            k_scales = next_k_scales
-            v_scales = next_v_scales
+            ahead = tl.minimum(tile + 1, first + count - 1)
+            keys, k_scales = _load_tile_keys(
+                head, table, ahead, last_page, lane_g, lane_t, page_stride, K_BITS, V_BITS, D, PAGE
+            )
+            if not LATE:
+                values, v_scales = _load_tile_values(
+                    head,
+                    table,
+                    ahead,
+                    last_page,
+                    lane_g,
+                    lane_t,
+                    page_stride,
+                    K_BITS,
+                    V_BITS,
+                    D,
+                    PAGE,
+                )
 
         slot = (program + pair).to(tl.int64)
         for n in tl.static_range(NB):
             row = slot * (4 * NB) + n * 4 + lane_t
-            row_sum = _sum_over_groups(state[n * WIDTH + 1])
-            centre = _sum_over_groups(state[n * WIDTH + 2]) * v_center
-            tl.store(partial_stats + row * 2, state[n * WIDTH], mask=lane_g == 0)
+            row_sum = _sum_over_groups(state[3 * n + 1])
+            centre = _sum_over_groups(state[3 * n + 2]) * v_center
+            tl.store(partial_stats + row * 2, state[3 * n], mask=lane_g == 0)
             tl.store(partial_stats + row * 2 + 1, row_sum, mask=lane_g == 0)
             for i in tl.static_range(NW):
                 for parity in tl.static_range(2):
                     for half in tl.static_range(2):
                         dim = half * (D // 2) + 2 * (lane_g * NW + i) + parity
-                        value = state[n * WIDTH + 3 + i * 4 + parity * 2 + half] - centre
+                        value = state[3 * NB + (i * NB + n) * 4 + parity * 2 + half] - centre
                         tl.store(partial_out + row * D + dim, value * v_step)
         position += count
+    if PDL:
+        # Not earlier: waiting programs would take room from the ones that work.
+        gdc_launch_dependents()

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="untyped-decorator"
 """PTX fragments for a warp that decodes packed codes straight into int8 tensor-core operands.
 
 Every function returns the text of one ``inline_asm_elementwise`` call. The calls run on

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, assignment"
 """What surrounds the warp kernel: queries into int8 digits, partial results into outputs.
 
 Both kernels work on *rows*: row ``4 NB pair + r`` of a (sequence, KV head) pair is query
@@ -10,18 +11,29 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-__all__ = ["combine_partials", "prepare_queries"]
+__all__ = ["combine_partials", "prepare_queries", "tiles_of"]
 
 
 @triton.jit
-def _row_place(rows, cu_query_lens, group, kv_heads, pairs, ROWS_PER_PAIR: tl.constexpr):
+def tiles_of(lengths, query_lens, window, WINDOW: tl.constexpr):
+    """Number of the first 64-token tile that any query of a sequence sees, and how many follow."""
+    tiles = (lengths + 63) // 64
+    first = tl.zeros_like(lengths)
+    if WINDOW:
+        first = tl.maximum(lengths - query_lens - window + 1, 0) // 64
+    return first, tiles - first
+
+
+@triton.jit
+def _row_place(rows, cu_query_lens, group, kv_heads, chunks, pairs, ROWS_PER_PAIR: tl.constexpr):
     """Sequence, KV head, query token, query head and validity of each row."""
     pair = rows // ROWS_PER_PAIR
-    inside = rows % ROWS_PER_PAIR
+    inside = rows % ROWS_PER_PAIR + pair % chunks * ROWS_PER_PAIR
     exists = pair < pairs
-    sequence = tl.where(exists, pair // kv_heads, 0)
-    kv_head = pair % kv_heads
+    sequence = tl.where(exists, pair // chunks // kv_heads, 0)
+    kv_head = pair // chunks % kv_heads
     start = tl.load(cu_query_lens + sequence)
     query_len = tl.load(cu_query_lens + sequence + 1) - start
     valid = exists & (inside < query_len * group)
@@ -35,28 +47,38 @@ def prepare_queries(
     q,
     rotation,
     cu_query_lens,
+    key_center,
     q_digits,
     q_affine,
     logit_scale,
+    center_scale,
     k_center,
     group,
     kv_heads,
+    chunks,
     pairs,
     q_token_stride,
     q_head_stride,
     D: tl.constexpr,
     NB: tl.constexpr,
     ROWS: tl.constexpr,
+    CENTER: tl.constexpr,
     PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Rotate queries and split them into two int8 digits.
 
-    ``q_digits`` int8 ``[pairs, NB, 4, 2, D]`` and ``q_affine`` float32 ``[pairs, NB, 4, 2]``
-    with the scale and offset that turn an integer dot product into a base-2 logit.
+    ``q_digits`` int8 ``[pairs, NB, 4, 2, D]`` and ``q_affine`` float32 ``[pairs, NB, 4, 4]``: the
+    scale and offset that turn an integer dot product into a base-2 logit before the key's scale,
+    and the logit of the key centre.
     """
+    if PDL:
+        gdc_launch_dependents()
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     dims = tl.arange(0, D)
-    _, _, _, token, head, valid = _row_place(rows, cu_query_lens, group, kv_heads, pairs, 4 * NB)
+    _, _, kv_head, token, head, valid = _row_place(
+        rows, cu_query_lens, group, kv_heads, chunks, pairs, 4 * NB
+    )
     offsets = token * q_token_stride + head.to(tl.int64) * q_head_stride
     x = tl.load(q + offsets[:, None] + dims[None, :], mask=valid[:, None], other=0.0).to(tl.float32)
     # A power of two brings any input into the range of fp16 without rounding it.
@@ -75,8 +97,15 @@ def prepare_queries(
     tl.store(q_digits + place, high.to(tl.int8), mask=inside[:, None])
     tl.store(q_digits + place + D, low.to(tl.int8), mask=inside[:, None])
     scale = unit * peak * (logit_scale / 32639.0)
-    tl.store(q_affine + rows * 2, scale, mask=inside)
-    tl.store(q_affine + rows * 2 + 1, -k_center * total * scale, mask=inside)
+    center = tl.zeros([ROWS], tl.float32)
+    if CENTER:
+        mu = tl.load(
+            key_center + kv_head[:, None] * D + dims[None, :], mask=valid[:, None], other=0.0
+        )
+        center = tl.sum(x * mu.to(tl.float32), 1) * center_scale
+    tl.store(q_affine + rows * 4, scale, mask=inside)
+    tl.store(q_affine + rows * 4 + 1, -k_center * total * scale, mask=inside)
+    tl.store(q_affine + rows * 4 + 2, center, mask=inside)
 
 
 @triton.jit
@@ -93,8 +122,10 @@ def combine_partials(
     batch,
     group,
     kv_heads,
+    chunks,
     programs,
     pairs,
+    window,
     out_token_stride,
     out_head_stride,
     lse_token_stride,
@@ -103,8 +134,10 @@ def combine_partials(
     ROWS: tl.constexpr,
     SPLITS: tl.constexpr,
     BATCH_BLOCK: tl.constexpr,
+    WINDOW: tl.constexpr,
     SINKS: tl.constexpr,
     PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Merge the partial results of every row, rotate back and write output and LSE.
 
@@ -114,20 +147,27 @@ def combine_partials(
     RP: tl.constexpr = 4 * NB
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     dims = tl.arange(0, D)
-    pair, sequence, kv_head, token, head, valid = _row_place(
-        rows, cu_query_lens, group, kv_heads, pairs, RP
+    pair, sequence, _kv_head, token, head, valid = _row_place(
+        rows, cu_query_lens, group, kv_heads, chunks, pairs, RP
     )
     sequences = tl.arange(0, BATCH_BLOCK)
-    lengths = tl.load(seq_lens + sequences, mask=sequences < batch, other=0)
-    tiles_of = (lengths + 63) // 64
-    total = tl.sum(tiles_of, 0) * kv_heads
+    known = sequences < batch
+    lengths = tl.load(seq_lens + sequences, mask=known, other=0)
+    query_starts = tl.load(cu_query_lens + sequences, mask=known, other=0)
+    query_ends = tl.load(cu_query_lens + sequences + 1, mask=known, other=0)
+    _, tile_counts = tiles_of(lengths, query_ends - query_starts, window, WINDOW)
+    heads_of = kv_heads * chunks
+    total = tl.sum(tile_counts, 0) * heads_of
     per_program = tl.maximum((total + programs - 1) // programs, 1)
-    before = tl.sum(tl.where(sequences[None, :] < sequence[:, None], tiles_of[None, :], 0), 1)
-    tiles = tl.sum(tl.where(sequences[None, :] == sequence[:, None], tiles_of[None, :], 0), 1)
-    start = before * kv_heads + kv_head * tiles
+    before = tl.sum(tl.where(sequences[None, :] < sequence[:, None], tile_counts[None, :], 0), 1)
+    tiles = tl.sum(tl.where(sequences[None, :] == sequence[:, None], tile_counts[None, :], 0), 1)
+    start = before * heads_of + pair % heads_of * tiles
     first = start // per_program
     count = tl.where(valid & (tiles > 0), (start + tiles - 1) // per_program - first + 1, 0)
     slot = first + pair
+    matrix = tl.load(rotation + dims[:, None] * D + dims[None, :])
+    if PDL:
+        gdc_wait()
 
     if SPLITS == 1:
         row_max = tl.full([ROWS], float("-inf"), tl.float32)
@@ -190,7 +230,6 @@ def combine_partials(
         row_max = new_max
     empty = denominator == 0.0
     acc = acc / tl.where(empty, 1.0, denominator)[:, None]
-    matrix = tl.load(rotation + dims[:, None] * D + dims[None, :])
     if ROWS == 1:
         result = tl.sum(tl.sum(acc, 0)[:, None] * matrix.to(tl.float32), 0)[None, :]
     else:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 from tq_core import TQError
@@ -18,11 +21,19 @@ from tq_kernels.checks import (
     values_checked,
 )
 from tq_kernels.codec import split_records
+from tq_kernels.decode_plan import DecodePlan
 from tq_kernels.format import KVFormat
 from tq_kernels.ops.rotate import compute_dtype
 from tq_kernels.quantize import TokenCodes
 
-__all__ = ["check_attention", "check_block_table", "decode_ref", "gather_sequence"]
+__all__ = [
+    "check_attention",
+    "check_block_table",
+    "decode",
+    "decode_ref",
+    "gather_sequence",
+    "query_bounds",
+]
 
 
 def check_attention(
@@ -197,3 +208,102 @@ def decode_ref(
         )
         out[rows], lse[rows] = one[0].transpose(0, 1), total[0].transpose(0, 1)
     return (out, lse) if sinks is None else merge_sink(out, lse, sinks)
+
+
+@lru_cache(maxsize=16)
+def _plan(
+    fmt: KVFormat,
+    heads: int,
+    kv_heads: int,
+    max_batch: int,
+    max_query_len: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    softmax_scale: float | None,
+    soft_cap: float | None,
+    sliding_window: int | None,
+) -> DecodePlan:
+    return DecodePlan(
+        fmt,
+        heads,
+        kv_heads,
+        max_batch=max_batch,
+        max_query_len=max_query_len,
+        dtype=dtype,
+        device=device,
+        softmax_scale=softmax_scale,
+        soft_cap=soft_cap,
+        sliding_window=sliding_window,
+    )
+
+
+def decode(
+    q: Tensor,
+    pages: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    fmt: KVFormat,
+    *,
+    cu_query_lens: Tensor | None = None,
+    softmax_scale: float | None = None,
+    soft_cap: float | None = None,
+    sliding_window: int | None = None,
+    sinks: Tensor | None = None,
+    key_center: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`decode_ref` by Triton kernels: the same arguments and results.
+
+    It keeps the plans of the shapes seen last and allocates its results; with ``cu_query_lens`` it
+    waits for the device. Use :class:`tq_kernels.DecodePlan` where either matters.
+
+    Raises
+    ------
+    TQError
+        As :func:`decode_ref`; also for float64 and for a device that Triton cannot use.
+    """
+    check_attention(
+        q,
+        pages,
+        fmt,
+        softmax_scale=softmax_scale,
+        soft_cap=soft_cap,
+        sliding_window=sliding_window,
+        sinks=sinks,
+        key_center=key_center,
+    )
+    check_block_table(block_table, seq_lens, "seq_lens", pages, fmt)
+    bounds = query_bounds(cu_query_lens, q, len(seq_lens))
+    longest = max((b - a for a, b in pairwise(bounds)), default=1)
+    plan = _plan(
+        fmt,
+        q.shape[1],
+        pages.shape[1],
+        _power_of_two(len(seq_lens)),
+        _power_of_two(longest),
+        q.dtype,
+        q.device,
+        softmax_scale,
+        soft_cap,
+        sliding_window,
+    )
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    if cu_query_lens is not None:
+        cu_query_lens = cu_query_lens.to(torch.int32).contiguous()
+    plan.run(
+        q if q.stride(-1) == 1 else q.contiguous(),
+        pages,
+        block_table.to(torch.int32),
+        seq_lens.to(torch.int32).contiguous(),
+        out,
+        lse,
+        cu_query_lens=cu_query_lens,
+        sinks=sinks if sinks is None else sinks.contiguous(),
+        key_center=key_center if key_center is None else key_center.contiguous(),
+    )
+    return out, lse
+
+
+def _power_of_two(n: int) -> int:
+    """The least power of two from ``n`` on."""
+    return 1 << max(n - 1, 0).bit_length()

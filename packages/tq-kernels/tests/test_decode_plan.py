@@ -1,0 +1,168 @@
+"""``DecodePlan`` and ``decode``: the kernels that a device gets; on a GPU the NVIDIA ones too."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tq_core import TQError
+from tq_kernels import DecodePlan, KVFormat, decode, decode_ref
+from tq_kernels.testing import random_cache
+
+GPU = torch.cuda.is_available() and torch.version.hip is None
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LENGTHS = [1, 15, 16, 17, 63, 64, 65, 128, 1000, 0, 700]
+on_gpu = pytest.mark.skipif(not GPU, reason="needs an NVIDIA GPU")
+
+
+def check(fmt, heads, kv_heads, lengths, counts, dtype, *, kernels, seed=0, **options):
+    """Compare a plan with float64: the error is at most twice that of the eager operation.
+
+    Output, LSE and what no sequence uses of the cache are poisoned before.
+    """
+    cache = random_cache(fmt, kv_heads, lengths, seed=seed, key_spread=2.0)
+    rng = torch.Generator().manual_seed(seed)
+    q = torch.randn(sum(counts), heads, fmt.head_dim, generator=rng).to(dtype)
+    extra = {n: options.pop(n) for n in ("sinks", "key_center") if n in options}
+    cu = torch.tensor([0, *counts]).cumsum(0).to(torch.int32)
+    tables = (cache.pages, cache.block_table, cache.seq_lens, fmt)
+    want, want_lse = decode_ref(q.double(), *tables, cu_query_lens=cu, **extra, **options)
+    eager, _ = decode_ref(q, *tables, cu_query_lens=cu, **extra, **options)
+    plan = DecodePlan(
+        fmt,
+        heads,
+        kv_heads,
+        max_batch=len(lengths),
+        max_query_len=max(1, *counts),
+        dtype=dtype,
+        device=DEVICE,
+        **options,
+    )
+    assert plan.kernels == kernels
+    here = cache.to(DEVICE)
+    out = torch.full_like(q, torch.nan).to(DEVICE)
+    lse = torch.full(q.shape[:2], torch.nan, device=DEVICE)
+    plan.run(
+        q.to(DEVICE),
+        here.pages,
+        here.block_table,
+        here.seq_lens,
+        out,
+        lse,
+        cu_query_lens=cu.to(DEVICE),
+        **{name: t.to(DEVICE) for name, t in extra.items()},
+    )
+    error, allowed = (out.cpu().double() - want).norm(), (eager.double() - want).norm()
+    assert error <= 2 * allowed + 1e-6 * want.norm(), (float(error), float(allowed))
+    seen = want_lse > -torch.inf
+    assert torch.equal(lse.cpu() > -torch.inf, seen)
+    assert bool((lse.cpu().double() - want_lse)[seen].abs().max() < 5e-4)
+
+
+@on_gpu
+@pytest.mark.parametrize("v_bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("k_bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_all_formats(head_dim, k_bits, v_bits):
+    fmt = KVFormat(head_dim, k_bits, v_bits)
+    counts = [1] * len(LENGTHS)
+    check(fmt, 8, 2, LENGTHS, counts, torch.bfloat16, kernels="nvidia")
+
+
+@on_gpu
+@pytest.mark.parametrize("page_size", [32, 48, 64, 128])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_page_sizes_and_dtypes(page_size, dtype):
+    fmt = KVFormat(128, 4, 4, page_size=page_size)
+    check(fmt, 8, 2, LENGTHS, [1] * len(LENGTHS), dtype, kernels="nvidia")
+
+
+@on_gpu
+@pytest.mark.parametrize("group", [1, 2, 3, 5, 7, 8, 16])
+def test_groups(group):
+    fmt = KVFormat(128, 4, 3)
+    counts = [1] * len(LENGTHS)
+    check(fmt, 2 * group, 2, LENGTHS, counts, torch.bfloat16, kernels="nvidia")
+
+
+@on_gpu
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"soft_cap": 15.0},
+        {"sliding_window": 100},
+        {"sliding_window": 1},
+        {"softmax_scale": 0.3},
+        {"sinks": torch.linspace(-2, 3, 8)},
+        {"key_center": torch.linspace(-1, 1, 256).reshape(2, 128)},
+        {
+            "soft_cap": 15.0,
+            "sliding_window": 70,
+            "sinks": torch.linspace(-2, 3, 8),
+            "key_center": torch.linspace(-1, 1, 256).reshape(2, 128),
+        },
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_options_with_several_queries(options):
+    lengths, counts = [33, 700, 4, 65, 0], [4, 33, 1, 2, 0]
+    fmt = KVFormat(128, 4, 4)
+    check(fmt, 8, 2, lengths, counts, torch.bfloat16, kernels="nvidia", **options)
+
+
+@on_gpu
+def test_haar_rotation_and_a_long_sequence_among_short_ones():
+    fmt = KVFormat(128, 3, 3, rotation="haar", seed=5)
+    lengths = [30000, *[5] * 70]
+    check(fmt, 4, 1, lengths, [1] * len(lengths), torch.float16, kernels="nvidia")
+
+
+@on_gpu
+def test_a_captured_graph_stays_right_when_lengths_change():
+    fmt = KVFormat(128, 4, 4)
+    cache = random_cache(fmt, 2, [700, 700], seed=3).to("cuda")
+    plan = DecodePlan(fmt, 8, 2, max_batch=2, dtype=torch.bfloat16, device="cuda")
+    q = torch.randn(2, 8, 128, device="cuda").bfloat16()
+    out, lse = torch.empty_like(q), torch.empty(2, 8, device="cuda")
+    lengths = cache.seq_lens.clone()
+    plan.run(q, cache.pages, cache.block_table, lengths, out, lse)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        plan.run(q, cache.pages, cache.block_table, lengths, out, lse)
+    for new in ([700, 3], [64, 65], [1, 699]):
+        lengths.copy_(torch.tensor(new))
+        graph.replay()
+        want, want_lse = decode_ref(q, cache.pages, cache.block_table, lengths, fmt)
+        torch.testing.assert_close(out, want, atol=2e-2, rtol=2e-2)
+        torch.testing.assert_close(lse, want_lse, atol=5e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("head_dim", "dtype"), [(96, torch.bfloat16), (64, torch.float32)])
+def test_others_get_the_portable_kernels(head_dim, dtype):
+    fmt = KVFormat(head_dim, 3, 4)
+    check(fmt, 4, 2, [1, 40], [1, 1], dtype, kernels="portable")
+
+
+def test_decode_has_the_arguments_and_results_of_its_reference():
+    fmt = KVFormat(64, 4, 3)
+    cache = random_cache(fmt, 2, [33, 5, 20], seed=1).to(DEVICE)
+    q = torch.randn(5, 4, 64, device=DEVICE).half()
+    cu = torch.tensor([0, 3, 4, 5], device=DEVICE)
+    arguments = (q, cache.pages, cache.block_table.long(), cache.seq_lens.long(), fmt)
+    options = {"cu_query_lens": cu, "soft_cap": 20.0, "sinks": torch.randn(4, device=DEVICE)}
+    out, lse = decode(*arguments, **options)
+    want, want_lse = decode_ref(*arguments, **options)
+    torch.testing.assert_close(out, want, atol=2e-3, rtol=1e-2)
+    torch.testing.assert_close(lse, want_lse, atol=5e-4, rtol=0)
+
+
+def test_a_plan_names_what_it_cannot_take():
+    fmt = KVFormat(64)
+    with pytest.raises(TQError, match="heads=6"):
+        DecodePlan(fmt, 6, 4, max_batch=1, device=DEVICE)
+    plan = DecodePlan(fmt, 4, 2, max_batch=1, dtype=torch.float16, device=DEVICE)
+    cache = random_cache(fmt, 2, [3, 3], seed=1).to(DEVICE)
+    q = torch.zeros(2, 4, 64, dtype=torch.float16, device=DEVICE)
+    lse = torch.empty(2, 4, device=DEVICE)
+    with pytest.raises(TQError, match="larger plan"):
+        plan.run(q, cache.pages, cache.block_table, cache.seq_lens, q, lse)
