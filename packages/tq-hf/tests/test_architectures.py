@@ -24,11 +24,11 @@ IMPLEMENTATIONS = ["sdpa", "eager", "turboquant"]
 TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
 
 
-def build(config: Any, implementation: str) -> Any:
+def build(config: Any, implementation: str, dtype: Any = None) -> Any:
     """A random model in evaluation mode; large weights, so that attention is not uniform."""
     torch.manual_seed(0)
     # transformers' eager masks need float32: the lowest float64 is -inf in its softmax.
-    dtype = torch.float32 if implementation == "eager" else torch.float64
+    dtype = dtype or (torch.float32 if implementation == "eager" else torch.float64)
     model = AutoModelForCausalLM.from_config(
         config, dtype=dtype, attn_implementation=implementation
     )
@@ -62,8 +62,11 @@ def check(model: Any, ids: Any = None, mask: Any = None, **options: Any) -> Turb
     if mask is not None:
         ours, theirs = ours[mask.bool()], theirs[mask.bool()]
     assert torch.isfinite(theirs).all()
-    exact = model.config._attn_implementation == "eager"
-    torch.testing.assert_close(ours, theirs, atol=0 if exact else 1e-9, rtol=0 if exact else 1e-7)
+    if model.config._attn_implementation == "eager":
+        assert torch.equal(ours, theirs)
+    else:
+        double = ours.dtype == torch.float64
+        torch.testing.assert_close(ours, theirs, atol=1e-9 if double else 2e-2, rtol=1e-7)
     assert any(isinstance(c, CompressedLayer) and c.history.tokens for c in cache.layers)
     return cache
 
@@ -134,25 +137,21 @@ def test_turboquant_attention_equals_eager(config: str) -> None:
     model.set_attn_implementation("turboquant")
 
 
-@pytest.mark.parametrize("name", ["eager", "turboquant"])
-def test_learned_sinks(name: str) -> None:
+def test_learned_sinks() -> None:
     config = GptOssConfig(
         **small(num_local_experts=2, num_experts_per_tok=1, sliding_window=24),
         layer_types=["sliding_attention", "full_attention"],
     )
-    model = build(config, name)
+    model = build(config, "eager", torch.float32)  # its experts take no float64
     for layer in model.model.layers:
         torch.nn.init.normal_(layer.self_attn.sinks)
-    if name == "eager":
-        check(model)
-        return
-    # The reference takes turboquant attention on plain tensors; eager agrees with that.
     check(model)
     ids = torch.randint(1, 97, (2, 40))
-    ours = feed(model, ids, TurboQuantCache(model.config, window_tokens=0), [20, 1, 19])
-    model.set_attn_implementation("eager")
-    theirs = feed(model, ids, TurboQuantCache(model.config, window_tokens=0), [20, 1, 19])
-    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    out = {}
+    for name in ("eager", "turboquant"):
+        model.set_attn_implementation(name)
+        out[name] = feed(model, ids, TurboQuantCache(config, window_tokens=0), [20, 1, 19])
+    torch.testing.assert_close(out["turboquant"], out["eager"], atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,9 +17,14 @@ from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 from tq_hf.attention import register
 from tq_hf.layer import CompressedLayer, LayerOptions
 from tq_hf.memory import MemoryUsage, measure_memory
-from tq_hf.model_layers import ModelLayer, model_layers, text_config
+from tq_hf.model_layers import ModelLayer, leaves_shared_states, model_layers, text_config
+from tq_hf.shared_states import SharedStates
+from tq_hf.storage import read_options, restore, store
 
 __all__ = ["TurboQuantCache"]
+
+#: Most rounds of a rotation that a file may ask for, as each costs memory.
+_MOST_ROUNDS = 64
 
 register()
 
@@ -120,8 +127,20 @@ class TurboQuantCache(Cache):
             CompressedLayer(options, centers.get(i)) if i in compressed else layer.make()
             for i, layer in enumerate(found)
         ]
-        self.options = options
+        self._arguments = {
+            "k_bits": k_bits,
+            "v_bits": v_bits,
+            "sink_tokens": sink_tokens,
+            "window_tokens": window_tokens,
+            "skip_layers": sorted(skipped),
+            "rotation": rotation,
+            "rounds": rounds,
+            "seed": seed,
+            "scale": scale,
+        }
         super().__init__(layers=layers, offloading=offloading)
+        if leaves_shared_states(text):
+            self.shared_layers = SharedStates(text)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens of every layer; see `CompressedLayer.crop`.
@@ -143,6 +162,48 @@ class TurboQuantCache(Cache):
                     "transformers 5 can crop it after cache.activate_past_recording()"
                 )
         super().crop(tokens_to_remove)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the cache, codes as they are, to a safetensors file.
+
+        Raises
+        ------
+        TQError
+            For models with recurrent layers.
+        """
+        store(self.layers, self._arguments, path)
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], config: Any, device: torch.device | str = "cpu"
+    ) -> TurboQuantCache:
+        """Read a cache that `save` wrote, for the same model.
+
+        Parameters
+        ----------
+        path : path
+        config : PretrainedConfig
+            ``model.config``.
+        device : torch.device or str
+            Where the model is.
+
+        Raises
+        ------
+        TQError
+            If the file is damaged, or written for another kind of model.
+        """
+        arguments = read_options(path)
+        names = inspect.signature(cls).parameters.keys() - {"config", "key_center", "offloading"}
+        if arguments.keys() != names:
+            raise TQError(f"{path} has options {sorted(arguments)}: needs {sorted(names)}")
+        if not isinstance(arguments["skip_layers"], list):
+            raise TQError(f"{path} has skip_layers={arguments['skip_layers']!r}: needs a list")
+        rounds = arguments["rounds"]
+        if not isinstance(rounds, int) or rounds > _MOST_ROUNDS:
+            raise TQError(f"{path} has rounds={rounds!r}: needs an int of at most {_MOST_ROUNDS}")
+        cache = cls(config, **arguments)
+        restore(cache.layers, path, torch.device(device))
+        return cache
 
     def memory_usage(self) -> MemoryUsage:
         """Bytes that the cache's tensors take, and those of a 16-bit cache."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from tq_core import TQError
-from tq_kernels import KVFormat, encode_tokens
+from tq_kernels import KVFormat, TokenCodes, encode_tokens
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from tq_hf.attention import IMPLEMENTATION
@@ -236,6 +236,21 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
                 f"update got batch, kv_heads, head_dim = {have} of {keys.dtype}: the cache holds "
                 f"{want} of {held.dtype}; use one cache a batch, or cache.reset()"
             )
+
+    def restore(
+        self,
+        head: tuple[Tensor, Tensor],
+        parts: Iterable[tuple[TokenCodes, TokenCodes]],
+        tail: tuple[Tensor, Tensor],
+        key_center: Tensor | None,
+    ) -> None:
+        """Hold what another layer with the same options held."""
+        self.key_center = key_center
+        self.lazy_initialization(*tail)
+        self._head = (head[0].clone(), head[1].clone())
+        self._tail = (tail[0].clone(), tail[1].clone())
+        for pair in parts:
+            self.history.append(*pair)
 
     # Changing
 

@@ -11,7 +11,7 @@ from tq_core import TQError
 from transformers import PretrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-__all__ = ["ModelLayer", "model_layers", "text_config"]
+__all__ = ["ModelLayer", "leaves_shared_states", "model_layers", "text_config"]
 
 _KINDS: dict[str, Literal["full", "sliding", "linear", "none"]] = {
     "full_attention": "full",
@@ -160,3 +160,9 @@ def model_layers(config: object) -> list[ModelLayer]:
             )
         layers.append(ModelLayer(kind, dim, options, name))
     return layers
+
+
+def leaves_shared_states(text: Any) -> bool:
+    """Whether the model leaves keys and values for other layers in the cache (4.57)."""
+    modes = hasattr(text, "kv_sharing_modes")
+    return not modes and bool(getattr(text, "num_kv_shared_layers", 0))

@@ -21,12 +21,18 @@ from tq_hf.snapshot import Snapshot
 __all__ = ["StandIn", "snapshot_of", "stand_ins"]
 
 
+_WRITTEN = (
+    "{} would write into the keys or values that TurboQuantCache returned; write into a copy of "
+    "them: x.clone()"
+)
+
+
 @dataclass(frozen=True, eq=False)
 class _Source:
     """What a stand-in shows.
 
-    ``repeats`` follows the three steps by which models repeat key-value heads: 0 before the first,
-    then a new axis, its expansion, and the merge with the heads.
+    ``stage`` follows the three steps by which models repeat key-value heads: a new axis, its
+    expansion, and its merge with the heads.
     """
 
     snapshot: Snapshot
@@ -47,7 +53,7 @@ class _Source:
             return x
         batch, kv_heads, tokens, dim = x.shape
         x = x[:, :, None].expand(batch, kv_heads, self.repeats, tokens, dim)
-        return x.reshape(self.shape) if self.stage == "repeated" else x
+        return x.reshape(self.shape).contiguous()
 
 
 class StandIn(Tensor):
@@ -94,10 +100,7 @@ class StandIn(Tensor):
                 if argument.alias_info is not None and argument.alias_info.is_write
             ] + [v for k, v in (kwargs or {}).items() if k == "out"]
             if any(isinstance(value, StandIn) for value in written):
-                raise TQError(
-                    f"{func} would write into the keys or values that TurboQuantCache returned; "
-                    "write into a copy of them: x.clone()"
-                )
+                raise TQError(_WRITTEN.format(func))
         decoded: dict[int, Tensor] = {}
 
         def plain(x: Any) -> Any:
@@ -150,6 +153,11 @@ def _getitem(x: Any, index: Any) -> StandIn | None:
     if any(part != everything for i, part in enumerate(index) if i != 2):
         return None
     return _with(x, "axis", 1)
+
+
+def _setitem(x: Any, *_: Any) -> None:
+    if isinstance(x, StandIn):
+        raise TQError(_WRITTEN.format("x[...] = y"))
 
 
 def _expand(x: Any, *sizes: Any) -> StandIn | None:
@@ -208,6 +216,7 @@ def _sdpa(
 _HANDLERS: dict[Any, Any] = {
     torch.nn.functional.scaled_dot_product_attention: _sdpa,
     Tensor.__getitem__: _getitem,
+    Tensor.__setitem__: _setitem,
     Tensor.expand: _expand,
     Tensor.reshape: _reshape,
 }
