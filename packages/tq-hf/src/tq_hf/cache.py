@@ -12,6 +12,7 @@ from torch import Tensor
 from tq_core import TQError
 from tq_kernels import KVFormat
 from tq_kernels.format import RotationName, ScaleName
+from tq_kernels.presets import find_preset
 from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
 from tq_hf.attention import register
@@ -141,6 +142,27 @@ class TurboQuantCache(Cache):
         super().__init__(layers=layers, offloading=offloading)
         if leaves_shared_states(text):
             self.shared_layers = SharedStates(text)
+
+    @classmethod
+    def from_preset(cls, config: Any, preset: str = "tq4", **options: Any) -> TurboQuantCache:
+        """A cache of a named format; see `tq_kernels.presets`.
+
+        Parameters
+        ----------
+        config : PretrainedConfig
+            ``model.config``.
+        preset : str
+        options
+            Of the class, in place of the preset's or beside them.
+
+        Raises
+        ------
+        TQError
+            For an unknown name, and as the class does.
+        """
+        found = find_preset(preset)
+        names = ("k_bits", "v_bits", "sink_tokens", "window_tokens", "skip_layers")
+        return cls(config, **{name: getattr(found, name) for name in names} | options)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens of every layer; see `CompressedLayer.crop`.
