@@ -68,7 +68,7 @@ def aot_variants() -> list[Variant]:
     """Variants over head_dim and dtype."""
     found = []
     for dim, dtype, total, quick in (
-        (128, "bf16", 8192, True),
+        (128, "bf16", 8192, False),
         (128, "bf16", 64, False),
         (80, "fp32", 8192, True),
         (192, "fp16", 8192, False),

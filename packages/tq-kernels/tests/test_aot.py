@@ -1,0 +1,51 @@
+"""Kernels compile for every GPU without one, and spill no registers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tq_core import TQError
+from tq_kernels.aot import MODULES, SHARED_LIMIT, TARGETS, Resources, Variant, compile_variant
+
+pytest.importorskip("triton")
+
+
+def test_quick_variants_compile_and_fit(tmp_path: Path) -> None:
+    environment = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"}
+    results = tmp_path / "aot.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "tq_kernels.aot", "--quick", "--json", str(results)],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(results.read_text(encoding="utf-8"))
+    for module in MODULES:
+        name = module.removeprefix("tq_kernels.")
+        assert any(r["name"].startswith(f"{name}/") for r in found), name
+    for target in TARGETS:
+        portable = [r for r in found if r["target"] == target and "portable" in r["name"]]
+        assert len(portable) >= 3
+    for r in found:
+        assert r["registers"] > 0 and r["spills"] == 0
+        assert r["shared"] <= SHARED_LIMIT[r["target"]]
+
+
+def test_spills_and_too_much_shared_memory_do_not_fit() -> None:
+    assert Resources("a", "sm_89", 128, 0, 101376, 4).fits
+    assert not Resources("a", "sm_89", 128, 8, 0, 4).fits
+    assert not Resources("a", "sm_89", 128, 0, 101377, 4).fits
+
+
+def test_errors() -> None:
+    variant = Variant("a", kernel=len, signature={}, constexprs={})
+    with pytest.raises(TQError, match="target='sm_75': choose one of sm_80"):
+        compile_variant(variant, "sm_75")
+    with pytest.raises(TQError, match="TRITON_INTERPRET"):
+        compile_variant(variant, "sm_80")
