@@ -9,12 +9,13 @@ from torch import Tensor
 from tq_core import TQError
 from tq_kernels import KVFormat
 from vllm.config import get_current_vllm_config
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from tq_vllm.backend import TurboQuantBackend, page_format
 from tq_vllm.layers import keep_at_16_bits
-from tq_vllm.metadata import TurboQuantMetadata
-from tq_vllm.ops import LayerOps
+from tq_vllm.metadata import TurboQuantMetadata, batch_limits
+from tq_vllm.ops import EagerOps, FusedOps, LayerOps, LayerShape
 from tq_vllm.settings import load_settings
 
 __all__ = ["TurboQuantImpl"]
@@ -69,12 +70,16 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
         }
         self._check(alibi_slopes, attn_type, other)
         self.stored_prefill = load_settings().prefill == "stored"
-        self.ops = LayerOps(
-            softmax_scale=self.scale,
-            soft_cap=logits_soft_cap or None,
-            sliding_window=sliding_window,
-            sinks=sinks,
+        shape = LayerShape(
+            self.num_heads,
+            self.num_kv_heads,
+            self.scale,
+            logits_soft_cap or None,
+            sliding_window,
+            *batch_limits(self.vllm_config),
         )
+        fused = current_platform.is_cuda_alike()
+        self.ops: LayerOps = FusedOps(shape, sinks) if fused else EagerOps(shape, sinks)
 
     def _check(
         self, alibi_slopes: list[float] | None, attn_type: str, other: dict[str, Any]
@@ -141,7 +146,9 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
         """
         if output_scale is not None or output_block_scale is not None:
             raise TQError("TurboQuant attention writes no quantized output; disable that fusion")
-        if attn_metadata is None:  # profiling
+        if attn_metadata is None:  # vLLM measures the memory that is needed
+            page_size = self.vllm_config.cache_config.block_size
+            self.ops.reserve(page_format(self.head_size, page_size), query.dtype, query.device)
             return output.zero_()
         batch = attn_metadata
         pages, fmt = self._pages(kv_cache)
@@ -161,16 +168,17 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
             requests = slice(decodes, decodes + batch.num_prefills)
             assert batch.prefill_start_loc is not None and batch.context_lens is not None
             table = batch.block_table[requests]
-            # A layer that shares another's cache is given no keys of its own.
+            # A layer that shares another's cache may be given no keys of its own.
             if self.stored_prefill or self.kv_sharing_target_layer_name is not None:
-                self.ops.decode(
+                self.ops.prefill_stored(
                     query[rows],
                     pages,
                     table,
-                    batch.seq_lens[requests],
+                    batch.prefill_start_loc,
+                    batch.context_lens,
+                    batch.slot_mapping[rows],
                     fmt,
                     output[rows],
-                    batch.prefill_start_loc,
                 )
             else:
                 self.ops.prefill(

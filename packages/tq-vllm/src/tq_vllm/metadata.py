@@ -16,7 +16,18 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from tq_vllm.report import report_cache, warn_of_padding
 
-__all__ = ["TurboQuantMetadata", "TurboQuantMetadataBuilder"]
+__all__ = ["TurboQuantMetadata", "TurboQuantMetadataBuilder", "batch_limits"]
+
+
+def batch_limits(vllm_config: Any) -> tuple[int, int]:
+    """Most sequences of a step, and most new tokens of one that counts as decoding."""
+    speculation = vllm_config.speculative_config
+    drafts = getattr(speculation, "num_speculative_tokens", None) or 0
+    if getattr(speculation, "parallel_drafting", False):
+        drafts *= 2
+    sequences = vllm_config.scheduler_config.max_num_seqs
+    captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+    return max(sequences, -(-captured // (1 + drafts))), 1 + drafts
 
 
 @dataclass

@@ -1,35 +1,134 @@
-"""The operations on pages: the one place that chooses between eager and fused ones."""
+"""The operations on pages: the one place that chooses between eager and fused ones.
+
+Fused ones run on GPUs. They look at no length on the host and keep their buffers in plans that
+all layers of one shape share; the plans are made while vLLM measures memory, and their size does
+not depend on the length of the context.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
+import torch
 from torch import Tensor
-from tq_kernels import KVFormat, decode_ref, prefill_ref, store_ref
+from tq_kernels import (
+    DecodePlan,
+    KVFormat,
+    decode_ref,
+    dequantize,
+    prefill_ref,
+    store,
+    store_ref,
+)
 
-__all__ = ["LayerOps"]
+__all__ = ["EagerOps", "FusedOps", "LayerOps", "LayerShape"]
 
 
 @dataclass(frozen=True)
-class LayerOps:
-    """The operations with what is fixed for a layer.
+class LayerShape:
+    """What is fixed for a layer and for all layers like it.
 
     Attributes
     ----------
-    fmt : KVFormat
+    heads, kv_heads : int
+        Of this rank.
     softmax_scale : float
     soft_cap : float, optional
     sliding_window : int, optional
-    sinks : tensor [heads], optional
+    max_batch : int
+        Most sequences of a step.
+    max_decode_query_len : int
+        Most new tokens of a sequence that counts as decoding.
     """
 
+    heads: int
+    kv_heads: int
     softmax_scale: float
     soft_cap: float | None = None
     sliding_window: int | None = None
-    sinks: Tensor | None = None
+    max_batch: int = 1
+    max_decode_query_len: int = 1
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The arguments that all attention operations share."""
+        return {
+            "softmax_scale": self.softmax_scale,
+            "soft_cap": self.soft_cap,
+            "sliding_window": self.sliding_window,
+        }
+
+
+class LayerOps(ABC):
+    """The operations of one layer.
+
+    Attributes
+    ----------
+    shape : LayerShape
+    sinks : tensor [heads], optional
+        Learned logits that take part in the softmax.
+    """
+
+    def __init__(self, shape: LayerShape, sinks: Tensor | None = None) -> None:
+        self.shape, self.sinks = shape, sinks
+
+    def reserve(self, fmt: KVFormat, dtype: torch.dtype, device: torch.device) -> None:
+        """Allocate all buffers, so that they are there when vLLM measures free memory."""
+
+    @abstractmethod
+    def store(self, k: Tensor, v: Tensor, pages: Tensor, slots: Tensor, fmt: KVFormat) -> None:
+        """Compress keys and values [tokens, kv_heads, head_dim] into their slots."""
+
+    @abstractmethod
+    def decode(
+        self,
+        q: Tensor,
+        pages: Tensor,
+        block_table: Tensor,
+        seq_lens: Tensor,
+        fmt: KVFormat,
+        out: Tensor,
+        cu_query_lens: Tensor | None,
+    ) -> None:
+        """Attention of the last few tokens of sequences on what is stored, into ``out``."""
+
+    @abstractmethod
+    def prefill(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        pages: Tensor,
+        block_table: Tensor,
+        cu_query_lens: Tensor,
+        context_lens: Tensor,
+        fmt: KVFormat,
+        out: Tensor,
+    ) -> None:
+        """Attention of new tokens on each other and on what was stored before, into ``out``."""
+
+    @abstractmethod
+    def prefill_stored(
+        self,
+        q: Tensor,
+        pages: Tensor,
+        block_table: Tensor,
+        cu_query_lens: Tensor,
+        context_lens: Tensor,
+        slots: Tensor,
+        fmt: KVFormat,
+        out: Tensor,
+    ) -> None:
+        """As ``prefill``, but new tokens see each other as they are stored in their slots."""
+
+
+class EagerOps(LayerOps):
+    """Eager PyTorch, on any device."""
 
     def store(self, k: Tensor, v: Tensor, pages: Tensor, slots: Tensor, fmt: KVFormat) -> None:
-        """Write new keys and values to their slots."""
         store_ref(k, v, pages, slots, fmt)
 
     def decode(
@@ -42,7 +141,6 @@ class LayerOps:
         out: Tensor,
         cu_query_lens: Tensor | None,
     ) -> None:
-        """Attention of the last tokens of sequences on what is stored, into ``out``."""
         result, _ = decode_ref(
             q,
             pages,
@@ -50,10 +148,8 @@ class LayerOps:
             seq_lens,
             fmt,
             cu_query_lens=cu_query_lens,
-            softmax_scale=self.softmax_scale,
-            soft_cap=self.soft_cap,
-            sliding_window=self.sliding_window,
             sinks=self.sinks,
+            **self.shape.options,
         )
         out.copy_(result)
 
@@ -69,7 +165,6 @@ class LayerOps:
         fmt: KVFormat,
         out: Tensor,
     ) -> None:
-        """Attention of new tokens on each other and on what was stored before, into ``out``."""
         result, _ = prefill_ref(
             q,
             k,
@@ -79,9 +174,88 @@ class LayerOps:
             cu_query_lens,
             context_lens,
             fmt,
-            softmax_scale=self.softmax_scale,
-            soft_cap=self.soft_cap,
-            sliding_window=self.sliding_window,
             sinks=self.sinks,
+            **self.shape.options,
         )
         out.copy_(result)
+
+    def prefill_stored(
+        self,
+        q: Tensor,
+        pages: Tensor,
+        block_table: Tensor,
+        cu_query_lens: Tensor,
+        context_lens: Tensor,
+        slots: Tensor,
+        fmt: KVFormat,
+        out: Tensor,
+    ) -> None:
+        seq_lens = context_lens + cu_query_lens[1:] - cu_query_lens[:-1]
+        self.decode(q, pages, block_table, seq_lens, fmt, out, cu_query_lens)
+
+
+@lru_cache(maxsize=16)
+def _decode_plan(
+    shape: LayerShape, fmt: KVFormat, max_query_len: int, dtype: torch.dtype, device: torch.device
+) -> tuple[DecodePlan, Tensor]:
+    """The plan of all layers of a shape, and a place for its sums."""
+    plan = DecodePlan(
+        fmt,
+        shape.heads,
+        shape.kv_heads,
+        max_batch=shape.max_batch,
+        max_query_len=max_query_len,
+        dtype=dtype,
+        device=device,
+        **shape.options,
+    )
+    rows = shape.max_batch * max_query_len
+    return plan, torch.empty(rows, shape.heads, dtype=torch.float32, device=device)
+
+
+class FusedOps(EagerOps):
+    """Triton kernels."""
+
+    def reserve(self, fmt: KVFormat, dtype: torch.dtype, device: torch.device) -> None:
+        for length in {1, self.shape.max_decode_query_len}:
+            _decode_plan(self.shape, fmt, length, dtype, device)
+
+    def store(self, k: Tensor, v: Tensor, pages: Tensor, slots: Tensor, fmt: KVFormat) -> None:
+        store(k, v, pages, slots, fmt)
+
+    def decode(
+        self,
+        q: Tensor,
+        pages: Tensor,
+        block_table: Tensor,
+        seq_lens: Tensor,
+        fmt: KVFormat,
+        out: Tensor,
+        cu_query_lens: Tensor | None,
+    ) -> None:
+        longest = 1 if cu_query_lens is None else self.shape.max_decode_query_len
+        plan, lse = _decode_plan(self.shape, fmt, longest, q.dtype, q.device)
+        plan.run(
+            q,
+            pages,
+            block_table,
+            seq_lens,
+            out,
+            lse[: q.shape[0]],
+            cu_query_lens=cu_query_lens,
+            sinks=self.sinks,
+        )
+
+    def prefill_stored(
+        self,
+        q: Tensor,
+        pages: Tensor,
+        block_table: Tensor,
+        cu_query_lens: Tensor,
+        context_lens: Tensor,
+        slots: Tensor,
+        fmt: KVFormat,
+        out: Tensor,
+    ) -> None:
+        k, v = dequantize(pages, slots, fmt, q.dtype)
+        self.prefill(q, k, v, pages, block_table, cu_query_lens, context_lens, fmt, out)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+os.environ.setdefault("TRITON_INTERPRET", "1")  # fused operations on the CPU; read on import
 try:
     import vllm  # noqa: F401
 except ImportError:
