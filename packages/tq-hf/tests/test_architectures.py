@@ -9,7 +9,7 @@ import torch
 import transformers
 from tq_hf import TurboQuantCache
 from tq_hf.layer import CompressedLayer
-from tq_hf.testing import feed, reference_cache
+from tq_hf.testing import ReferenceLayer, feed, reference_cache
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -193,3 +193,69 @@ def test_mixed_head_dims(name: str) -> None:
 def test_a_model_of_sliding_layers_alone_is_refused() -> None:
     with pytest.raises(Exception, match="no layer left to compress"):
         TurboQuantCache(MistralConfig(**small(sliding_window=16)))
+
+
+def hybrid_reference(layer: Any) -> Any:
+    """transformers' own layer, whose keys and values are those of a reference layer."""
+    from transformers.cache_utils import LinearAttentionAndFullAttentionLayer
+
+    hybrid = LinearAttentionAndFullAttentionLayer()
+    keys_and_values = ReferenceLayer(layer.options, None)
+    hybrid.update = keys_and_values.update
+    hybrid.get_seq_length = keys_and_values.get_seq_length
+    return hybrid
+
+
+@pytest.mark.skipif(not TRANSFORMERS_5, reason="4.57 has caches of these models' own")
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("model_type", ["qwen3_next", "jamba", "lfm2", "falcon_h1"])
+def test_recurrent_layers(model_type: str, name: str) -> None:
+    changes: dict[str, Any] = {
+        "qwen3_next": {
+            "num_experts": 2,
+            "num_experts_per_tok": 1,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 32,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "layer_types": ["linear_attention", "full_attention"],
+        },
+        "jamba": {
+            "num_hidden_layers": 4,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "num_experts": 2,
+            "num_experts_per_tok": 1,
+            "mamba_d_state": 8,
+            "use_mamba_kernels": False,
+        },
+        "lfm2": {"layer_types": ["conv", "full_attention"]},
+        "falcon_h1": {
+            "mamba_d_ssm": 64,
+            "mamba_n_heads": 4,
+            "mamba_d_head": 16,
+            "mamba_d_state": 8,
+            "mamba_n_groups": 1,
+        },
+    }[model_type]
+    config = transformers.AutoConfig.for_model(model_type, **small(**changes))
+    model = build(config, name, torch.float32)
+    cache = TurboQuantCache(model.config, window_tokens=8, sink_tokens=2)
+    reference = reference_cache(cache)
+    if model_type == "falcon_h1":
+        reference.layers = [hybrid_reference(layer) for layer in cache.layers]
+    ids = torch.randint(1, 97, (2, 90))
+    sizes = [40, *[1] * 50]
+    ours, theirs = (feed(model, ids, c, sizes) for c in (cache, reference))
+    if name == "eager":
+        assert torch.equal(ours, theirs)
+    else:
+        torch.testing.assert_close(ours, theirs, atol=2e-2, rtol=1e-2)
+    cache.reorder_cache(torch.tensor([1, 1, 0]))
+    layer = next(c for c in cache.layers if isinstance(c, CompressedLayer))
+    layer.batch_repeat_interleave(2)
+    assert {t.shape[0] for t in layer.tensors()} == {6}
+    layer.batch_select_indices(torch.tensor([0, 4]))
+    assert {t.shape[0] for t in layer.tensors()} == {2}

@@ -103,7 +103,9 @@ class TurboQuantCache(Cache):
                 raise TQError(f"{name}={value!r}: needs an int of 0 or more")
         skipped = _skipped(skip_layers, len(found))
         compressed = [
-            i for i, layer in enumerate(found) if layer.kind == "full" and i not in skipped
+            i
+            for i, layer in enumerate(found)
+            if layer.kind in ("full", "hybrid") and i not in skipped
         ]
         if not compressed:
             raise TQError(
@@ -125,7 +127,7 @@ class TurboQuantCache(Cache):
         centers = _centers(key_center, compressed)
         options = LayerOptions(fmt, sink_tokens, window_tokens, text)
         layers = [
-            CompressedLayer(options, centers.get(i)) if i in compressed else layer.make()
+            _compressed(layer, options, centers.get(i)) if i in compressed else layer.make()
             for i, layer in enumerate(found)
         ]
         self._arguments = {
@@ -230,6 +232,16 @@ class TurboQuantCache(Cache):
     def memory_usage(self) -> MemoryUsage:
         """Bytes that the cache's tensors take, and those of a 16-bit cache."""
         return measure_memory(self.layers, self.get_seq_length())
+
+
+def _compressed(
+    layer: ModelLayer, options: LayerOptions, key_center: Tensor | None
+) -> CompressedLayer:
+    if layer.kind == "full":
+        return CompressedLayer(options, key_center)
+    from tq_hf.hybrid_layer import CompressedHybridLayer  # needs transformers 5
+
+    return CompressedHybridLayer(options, key_center, **layer.kwargs)
 
 
 def _skipped(skip_layers: Sequence[int], count: int) -> set[int]:

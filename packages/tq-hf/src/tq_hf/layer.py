@@ -112,6 +112,11 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             yield from self.history.tensors()
         if self.key_center is not None:
             yield self.key_center
+        yield from self.states()
+
+    def states(self) -> Iterator[Tensor]:
+        """What layers of other kinds hold besides keys and values."""
+        yield from ()
 
     def snapshot(self) -> Snapshot:
         """What the layer holds, as attention sees it."""

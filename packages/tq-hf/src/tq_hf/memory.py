@@ -77,6 +77,7 @@ def measure_memory(layers: Iterable[Any], tokens: int) -> MemoryUsage:
             if layer.is_initialized:
                 batch, kv_heads, count, dim = layer.snapshot().shape
                 baseline += 2 * 2 * batch * kv_heads * count * dim
+            baseline += sum(2 * t.numel() for t in layer.states())
         else:
             own = list(_tensors(vars(layer)))
             everything += own

@@ -13,15 +13,23 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 __all__ = ["ModelLayer", "leaves_shared_states", "model_layers", "text_config"]
 
-_KINDS: dict[str, Literal["full", "sliding", "linear", "none"]] = {
+Kind = Literal["full", "hybrid", "sliding", "linear", "none"]
+
+_KINDS: dict[str, Kind] = {
     "full_attention": "full",
     "sliding_attention": "sliding",
     "chunked_attention": "sliding",
+    "hybrid_sliding": "sliding",
+    "hybrid": "hybrid",
     "linear_attention": "linear",
     "conv": "linear",
     "mamba": "linear",
     "dummy": "none",
 }
+
+
+#: Models of transformers 5 that check the class of their cache.
+_OWN_CACHE = ("minimax",)
 
 
 @dataclass(frozen=True)
@@ -30,8 +38,9 @@ class ModelLayer:
 
     Attributes
     ----------
-    kind : {"full", "sliding", "linear", "none"}
-        Attention to everything, to a window, a recurrent state, or no cache of its own.
+    kind : {"full", "hybrid", "sliding", "linear", "none"}
+        Attention to everything, that and a recurrent state, attention to a window, a recurrent
+        state, or no cache of its own.
     head_dim : int or None
         As far as the configuration says.
     kwargs : dict
@@ -40,7 +49,7 @@ class ModelLayer:
         transformers' name of it.
     """
 
-    kind: Literal["full", "sliding", "linear", "none"]
+    kind: Kind
     head_dim: int | None
     kwargs: dict[str, Any]
     type: str
@@ -74,6 +83,8 @@ def text_config(config: object) -> Any:
                 f"{part.model_type} is an encoder-decoder model: TurboQuantCache is for "
                 "decoder-only models; use EncoderDecoderCache"
             )
+    if text.model_type in _OWN_CACHE:
+        raise TQError(f"{text.model_type} takes no cache but its own; leave the cache out")
     if getattr(text, "kv_lora_rank", None):
         raise TQError(
             f"{text.model_type} has latent attention (kv_lora_rank={text.kv_lora_rank}), whose "
@@ -94,7 +105,7 @@ def _types_and_kwargs(text: Any) -> tuple[list[str], list[dict[str, Any]]]:
 
 def _types_and_kwargs_4(text: Any) -> tuple[list[str], list[dict[str, Any]]]:
     """The same, for transformers 4.57, whose models with other layers bring their own caches."""
-    for name in ("layers_block_type", "mamba_d_state", "mamba_d_conv", "hybrid_override_pattern"):
+    for name in ("layers_block_type", "mamba_d_state", "conv_L_cache", "hybrid_override_pattern"):
         if getattr(text, name, None) is not None:
             raise TQError(
                 f"{text.model_type} has recurrent layers ({name}), for which transformers "
@@ -151,9 +162,9 @@ def model_layers(config: object) -> list[ModelLayer]:
                 f"layer {index} of {text.model_type} is {name!r}: TurboQuantCache knows "
                 f"{', '.join(_KINDS)}; use DynamicCache"
             )
-        dim = _head_dim(text, layer) if kind == "full" else None
+        dim = _head_dim(text, layer) if kind in ("full", "hybrid") else None
         v_dim = getattr(layer, "v_head_dim", None)
-        if kind == "full" and isinstance(v_dim, int) and dim is not None and v_dim != dim:
+        if isinstance(v_dim, int) and dim is not None and v_dim != dim:
             raise TQError(
                 f"layer {index} of {text.model_type} has head_dim={dim} and v_head_dim={v_dim}: "
                 "TurboQuantCache needs them equal; use DynamicCache"

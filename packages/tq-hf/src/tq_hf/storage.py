@@ -62,7 +62,7 @@ class _State:
 
     @classmethod
     def of_layer(cls, index: int, layer: Any) -> _State | None:
-        if isinstance(layer, CompressedLayer):
+        if type(layer) is CompressedLayer:
             if not layer.is_initialized:
                 return None
             head, tail = layer.head[0], layer.tail[0]
