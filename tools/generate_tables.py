@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ("README.md",)
+DOCUMENTS = ("README.md", "docs/performance.md")
 MARKER = re.compile(r"<!-- table:([\w-]+) -->\n(.*?)<!-- /table:\1 -->", re.DOTALL)
 TABLES: dict[str, Callable[[], str]] = {}
 
@@ -82,6 +82,185 @@ def demo() -> str:
     ]
     header = ("cache", "perplexity", "same best token", "bytes a token", "ratio")
     return markdown((*header, "Llama-3.1-8B shape, 128k"), rows)
+
+
+GPU_RESULT = "benchmarks/results/gpu-h200.json"
+OURS, FA3 = "TurboQuant", "FlashAttention 3 bf16"
+#: Larger errors of our kernels against the reference are no result.
+MOST_ERROR = 0.02
+
+
+def gpu(section: str) -> list[dict[str, Any]]:
+    """Entries of a section of the GPU benchmark whose outputs were right; none without the file."""
+    if not (ROOT / GPU_RESULT).exists():
+        return []
+    entries = load(GPU_RESULT)["sections"].get(section, [])
+    return [entry for entry in entries if sound(entry["kernels"].get(OURS))]
+
+
+def sound(kernel: dict[str, Any] | None) -> bool:
+    """Whether a kernel ran and agreed with the reference."""
+    if kernel is None:
+        return False
+    checks = kernel["checks"]
+    return bool(
+        checks.get("error", 0.0) <= MOST_ERROR
+        and checks.get("finite", 1.0) == 1.0
+        and checks.get("bytes_that_differ", 0.0) <= 1e-3
+    )
+
+
+def thousands(number: int) -> str:
+    """``32k`` for 32768."""
+    return f"{number // 1024}k" if number % 1024 == 0 else str(number)
+
+
+def microseconds(entry: dict[str, Any], name: str, *, ratio: bool = True) -> str:
+    """Median of a kernel, and how many times ours that is."""
+    kernel = entry["kernels"].get(name)
+    if kernel is None:
+        return "–"
+    text = f"{kernel['ms']['p50'] * 1e3:.1f}"
+    return f"{text} ({entry['speedup'][name]:.2f}x)" if ratio and name != OURS else text
+
+
+def rate(entry: dict[str, Any]) -> str:
+    """Share of the measured copy that our kernel reaches."""
+    share = entry["kernels"][OURS].get("share_of_copy")
+    return "–" if share is None else f"{share:.2f}"
+
+
+def gpu_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table, or a line that says that nothing is measured."""
+    return markdown(header, rows) if rows else "No measurement is committed yet.\n"
+
+
+def gpu_rows(section: str, label: Callable[[dict[str, Any]], str], peers: Sequence[str]) -> str:
+    """Table with a line for each shape: ours, its share of the copy, the peers."""
+    header = ("", "TurboQuant µs", "of copy", *(f"{name} µs" for name in peers))
+    rows = [
+        (
+            label(entry["shape"]),
+            microseconds(entry, OURS),
+            rate(entry),
+            *(microseconds(entry, name) for name in peers),
+        )
+        for entry in gpu(section)
+    ]
+    return gpu_table(header, rows)
+
+
+@table("gpu-machine")
+def gpu_machine() -> str:
+    """What the GPU benchmark ran on."""
+    if not (ROOT / GPU_RESULT).exists():
+        return "No measurement is committed yet.\n"
+    result = load(GPU_RESULT)
+    machine, copy, read = result["machine"], result.get("copy"), result.get("read")
+    rows = [
+        ("device", f"{machine['device']}, driver {machine['driver']}"),
+        ("PyTorch, Triton", f"{machine['packages']['torch']}, {machine['packages']['triton']}"),
+        ("date, commit", f"{result['date'][:10]}, {(result['commit'] or 'unknown')[:12]}"),
+        ("copy (read + written)", f"{copy['tbps']:.2f} TB/s" if copy else "–"),
+        ("read alone", f"{read['tbps']:.2f} TB/s" if read else "–"),
+    ]
+    return markdown(("", ""), rows)
+
+
+@table("gpu-decode")
+def gpu_decode() -> str:
+    """Decode of the headline shapes beside every peer."""
+    peers = (FA3, "FlashAttention 3 fp8", "vLLM turboquant_4bit_nc", "vLLM int4_per_token_head")
+    return gpu_rows("decode", lambda s: f"{s['batch']} × {thousands(s['context'])}", peers)
+
+
+@table("gpu-bits")
+def gpu_bits() -> str:
+    """Decode with other bits."""
+
+    def label(shape: dict[str, Any]) -> str:
+        size = f"{shape['batch']} × {thousands(shape['context'])}"
+        return f"K{shape['k_bits']}V{shape['v_bits']}, {size}"
+
+    return gpu_rows("bits", label, (FA3,))
+
+
+@table("gpu-queries")
+def gpu_queries() -> str:
+    """Decode of several query tokens a sequence, against one."""
+    ones = {
+        (e["shape"]["batch"], e["shape"]["context"]): e["kernels"][OURS]["ms"]["p50"]
+        for e in gpu("decode")
+    }
+    rows = []
+    for entry in gpu("queries"):
+        shape = entry["shape"]
+        size = (shape["batch"], shape["context"])
+        one, time = ones.get(size), entry["kernels"][OURS]["ms"]["p50"]
+        rows.append(
+            (
+                f"{shape['query_len']} tokens, {size[0]} × {thousands(size[1])}",
+                microseconds(entry, OURS),
+                "–" if one is None else f"{time / one:.2f}x",
+                microseconds(entry, FA3),
+            )
+        )
+    return gpu_table(("", "TurboQuant µs", "of one token", f"{FA3} µs"), rows)
+
+
+@table("gpu-heads")
+def gpu_heads() -> str:
+    """Decode with other groups and head dimensions."""
+
+    def label(shape: dict[str, Any]) -> str:
+        return f"group {shape['heads'] // shape['kv_heads']}, d={shape['head_dim']}"
+
+    return gpu_rows("heads", label, (FA3,))
+
+
+@table("gpu-sweep")
+def gpu_sweep() -> str:
+    """Speed-up over 16-bit attention by batch and context."""
+    cells = {
+        (e["shape"]["batch"], e["shape"]["context"]): e["speedup"].get(FA3)
+        for section in ("sweep", "decode")
+        for e in gpu(section)
+    }
+    batches, contexts = (sorted({key[n] for key in cells}) for n in (0, 1))
+    rows = [
+        (
+            str(batch),
+            *(f"{v:.2f}x" if (v := cells.get((batch, c))) else "–" for c in contexts),
+        )
+        for batch in batches
+    ]
+    return gpu_table(("batch", *(thousands(c) for c in contexts)), rows)
+
+
+@table("gpu-store")
+def gpu_store() -> str:
+    """Store beside a copy of the same bytes and the peers."""
+    peers = ("copy of the same bytes", "vLLM turboquant_4bit_nc", "vLLM int4_per_token_head")
+    return gpu_rows("store", lambda s: f"{s['tokens']:,} tokens", peers)
+
+
+@table("gpu-prefill")
+def gpu_prefill() -> str:
+    """Prefill beside 16-bit attention on a 16-bit prefix."""
+
+    def label(shape: dict[str, Any]) -> str:
+        return f"{thousands(shape['tokens'])} new after {thousands(shape['context'])}"
+
+    rows = [
+        (
+            label(entry["shape"]),
+            microseconds(entry, OURS),
+            f"{entry['kernels'][OURS]['tflops']:.0f}",
+            microseconds(entry, FA3),
+        )
+        for entry in gpu("prefill")
+    ]
+    return gpu_table(("", "TurboQuant µs", "TFLOP/s", f"{FA3} µs"), rows)
 
 
 def render(text: str) -> str:

@@ -1,0 +1,1 @@
+"""Measurements of the kernels on the machine at hand: ``tq bench``."""
