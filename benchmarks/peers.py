@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from tq_kernels.bench.candidates import (
+    Call,
     Candidate,
     Prepared,
     distance,
@@ -99,15 +100,17 @@ class Fa3(Candidate):
             )  # fmt: skip
             return metadata
 
-        return {
-            "schedule inside": (None, 0),
-            "schedule ahead": (schedule(0), 0),
-            "schedule ahead, at most 32 splits": (schedule(32), 32),
-        }
+        ways: dict[str, tuple[Tensor | None, int]] = {"schedule inside": (None, 0)}
+        for name, splits in (("schedule ahead", 0), ("schedule ahead, at most 32 splits", 32)):
+            try:
+                ways[name] = (schedule(splits), splits)
+            except RuntimeError as error:
+                print(f"{self.name}: {name}: {error}", file=sys.stderr)
+        return ways
 
     def _call(self, q: Tensor, cache: Tensor, table: Tensor, lengths: Tensor, bounds: Tensor,
               out: Tensor, query_len: int, context: int, way: tuple[Tensor | None, int],
-              scales: Tensor | None) -> Callable[[], object]:  # fmt: skip
+              scales: Tensor | None) -> Call:  # fmt: skip
         k, v = cache.split(cache.shape[-1] // 2, dim=-1)
         metadata, splits = way
         return lambda: torch.ops._vllm_fa3_C.fwd(
@@ -137,9 +140,9 @@ class Fa3(Candidate):
             for name, way in ways.items()
         }  # fmt: skip
 
-        def check() -> dict[str, float]:
+        def check(call: Call) -> dict[str, float]:
             out.fill_(float("nan"))
-            next(iter(calls.values()))[-1]()
+            call()
             last = slice(-shape.query_len, None)
             kv = gathered(cache, block_tables[-1][-1], shape.context)
             k, v = kv.split(shape.head_dim, dim=-1)
@@ -167,9 +170,9 @@ class Fa3(Candidate):
             for name, way in list(ways.items())[:2]
         }
 
-        def check() -> dict[str, float]:
+        def check(call: Call) -> dict[str, float]:
             out.fill_(float("nan"))
-            calls["schedule inside"][-1]()
+            call()
             last = slice(-64, None)
             kv = gathered(cache, block_tables[-1][-1], total)
             k, v = kv.split(shape.head_dim, dim=-1)
@@ -201,6 +204,10 @@ class Quantized(Candidate):
             and (isinstance(shape, Store) or shape.query_len == 1)
         )
 
+    def variant(self, shape: Any) -> str:
+        batch = getattr(shape, "batch", 0)
+        return f"{batch == 1} {batch > 16}"
+
     def bytes(self, shape: Any) -> int:
         return shape.bytes(self.slot)  # type: ignore[no-any-return]
 
@@ -209,7 +216,7 @@ class Quantized(Candidate):
         raise NotImplementedError
 
     def attend(self, shape: Decode, q: Tensor, cache: Tensor, lengths: Tensor, bounds: Tensor,
-               out: Tensor) -> Callable[[Tensor], Callable[[], object]]:  # fmt: skip
+               out: Tensor) -> Callable[[Tensor], Call]:  # fmt: skip
         """Function from a block table to a call that writes ``out``."""
         raise NotImplementedError
 
@@ -234,9 +241,9 @@ class Quantized(Candidate):
         call = self.attend(shape, q, cache, lengths, bounds, out)
         calls = [call(table) for table in block_tables]
 
-        def check() -> dict[str, float]:
+        def check(call: Call) -> dict[str, float]:
             out.fill_(float("nan"))
-            calls[-1]()
+            call()
             pages = block_tables[-1][-1].long() % drawn.shape[0]
             where = (pages[:, None] * shape.page_size
                      + torch.arange(shape.page_size, device=self.device)).flatten()  # fmt: skip
@@ -251,11 +258,11 @@ class Quantized(Candidate):
         cache = self.pool.get(shape.page_size, drawn, copies * store_pages(shape))
         inputs, slots = store_inputs(shape, copies, self.device)
 
-        def call(kv: Tensor, where: Tensor) -> Callable[[], object]:
+        def call(kv: Tensor, where: Tensor) -> Call:
             return lambda: self.fill(kv[0], kv[1], cache, where)
 
         calls = [call(*pair) for pair in zip(inputs, slots, strict=True)]
-        return Prepared({"": calls}, dict)
+        return Prepared({"": calls}, lambda _: {})
 
 
 class BuiltIn(Quantized):
@@ -286,12 +293,12 @@ class BuiltIn(Quantized):
         self._store(k, v, cache, slots, self.matrix, self.midpoints, 4, 66, 4)
 
     def attend(self, shape: Decode, q: Tensor, cache: Tensor, lengths: Tensor, bounds: Tensor,
-               out: Tensor) -> Callable[[Tensor], Callable[[], object]]:  # fmt: skip
+               out: Tensor) -> Callable[[Tensor], Call]:  # fmt: skip
         size = (shape.batch, shape.heads, self.splits, shape.head_dim + 1)
         partial = torch.empty(size, device=self.device)
         lse = torch.empty(shape.batch, shape.heads, device=self.device)
 
-        def call(table: Tensor) -> Callable[[], object]:
+        def call(table: Tensor) -> Call:
             return lambda: self._decode(
                 q, cache, table, lengths, self.matrix, self.centroids, shape.head_dim**-0.5,
                 4, 66, 4, norm_correction=True, PiT=self.matrix, mid_o_buf=partial,
@@ -333,7 +340,7 @@ class Int4(Quantized):
         )
 
     def attend(self, shape: Decode, q: Tensor, cache: Tensor, lengths: Tensor, bounds: Tensor,
-               out: Tensor) -> Callable[[Tensor], Callable[[], object]]:  # fmt: skip
+               out: Tensor) -> Callable[[Tensor], Call]:  # fmt: skip
         keys, values, k_scales, v_scales = self._parts(cache)
         threshold = 128 // shape.kv_heads
         size = (threshold, shape.heads, self.segments)
@@ -343,7 +350,7 @@ class Int4(Quantized):
             torch.empty(size, device=self.device),
         )
 
-        def call(table: Tensor) -> Callable[[], object]:
+        def call(table: Tensor) -> Call:
             return lambda: self.module.unified_attention_int4(
                 q, keys, values, out, cu_seqlens_q=bounds, max_seqlen_q=1, seqused_k=lengths,
                 max_seqlen_k=shape.context, softmax_scale=shape.head_dim**-0.5,

@@ -77,7 +77,7 @@ class Right(Candidate):
         def broken() -> None:
             raise RuntimeError("no such way")
 
-        return Prepared({"works": [lambda: None], "does not": [broken]}, lambda: {"error": 0.0})
+        return Prepared({"works": [lambda: None], "does not": [broken]}, lambda _: {"error": 0.0})
 
 
 class Wrong(Right):

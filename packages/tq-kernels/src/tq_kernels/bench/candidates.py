@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import ClassVar
 
 import torch
@@ -13,9 +13,13 @@ from tq_kernels.bench.inputs import Pool, normal, queries, random_pages, tables
 from tq_kernels.bench.shapes import Decode, Prefill, Store
 from tq_kernels.decode_plan import DecodePlan
 from tq_kernels.ops.decode import decode_ref
+from tq_kernels.ops.dequantize import dequantize_ref
 from tq_kernels.ops.store import store, store_ref
 
-__all__ = ["Candidate", "Prepared", "TurboQuant", "distance", "store_inputs", "store_pages"]
+__all__ = ["Call", "Candidate", "Prepared", "TurboQuant", "distance", "store_inputs", "store_pages"]
+
+
+Call = Callable[[], object]
 
 
 def distance(found: Tensor, expected: Tensor) -> float:
@@ -26,10 +30,14 @@ def distance(found: Tensor, expected: Tensor) -> float:
 
 @dataclass
 class Prepared:
-    """Calls on different buffers; several lists are ways to call, of which the fastest counts."""
+    """Calls on different buffers; several lists are ways to call, of which the fastest counts.
 
-    ways: dict[str, Sequence[Callable[[], object]]]
-    check: Callable[[], dict[str, float]]
+    ``check`` runs the last call of a way on poisoned outputs and says how far they are from a
+    reference.
+    """
+
+    ways: dict[str, Sequence[Call]]
+    check: Callable[[Call], dict[str, float]]
 
 
 class Candidate:
@@ -46,6 +54,12 @@ class Candidate:
     def bytes(self, shape: Decode | Store | Prefill) -> int:
         """Bytes of device memory that a call has to move."""
         raise NotImplementedError
+
+    def variant(self, shape: Decode | Store | Prefill) -> str:
+        """Shapes with equal names compile the same kernels, as far as is known."""
+        values = asdict(shape)
+        context = values.pop("context", 0)
+        return f"{values} {context // 16 % 16 == 0}"
 
     def covers(self, shape: Decode | Store | Prefill) -> bool:
         """Whether this kernel can run the shape."""
@@ -109,15 +123,15 @@ class TurboQuant(Candidate):
         )
         more = {} if shape.query_len == 1 else {"cu_query_lens": bounds}
 
-        def call(table: Tensor) -> Callable[[], object]:
+        def call(table: Tensor) -> Call:
             return lambda: plan.run(q, pages, table, lengths, out, lse, **more)
 
         calls = [call(table) for table in block_tables]
 
-        def check() -> dict[str, float]:
+        def check(call: Call) -> dict[str, float]:
             out.fill_(float("nan"))
             lse.fill_(float("nan"))
-            calls[-1]()
+            call()
             last = slice(-shape.query_len, None)
             expected, total = decode_ref(
                 q[last].float(),
@@ -142,17 +156,24 @@ class TurboQuant(Candidate):
         inputs, slots = store_inputs(shape, copies, self.device)
         fmt = shape.fmt
 
-        def call(kv: Tensor, where: Tensor) -> Callable[[], object]:
+        def call(kv: Tensor, where: Tensor) -> Call:
             return lambda: store(kv[0], kv[1], pages, where, fmt)
 
-        def check() -> dict[str, float]:
+        def check(_: Call) -> dict[str, float]:
             few = min(shape.tokens, 512)
             kv, where = inputs[0][:, :few], torch.arange(few, device=self.device)
             size = -(-few // shape.page_size)
             ours, reference = (torch.zeros_like(pages[:size]) for _ in range(2))
             store(kv[0], kv[1], ours, where, fmt)
             store_ref(kv[0], kv[1], reference, where, fmt)
-            return {"bytes_that_differ": float((ours != reference).float().mean())}
+            decoded, expected = (
+                torch.stack(dequantize_ref(which, where, fmt, torch.float32))
+                for which in (ours, reference)
+            )
+            return {
+                "error": distance(decoded, expected),
+                "bytes_that_differ": float((ours != reference).float().mean()),
+            }
 
         return Prepared({"": [call(*pair) for pair in zip(inputs, slots, strict=True)]}, check)
 
