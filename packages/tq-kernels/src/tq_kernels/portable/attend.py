@@ -84,26 +84,18 @@ def attend_pages(
         record = pages + page * page_stride + kv_head.to(tl.int64) * record_stride
         slot = token % PAGE
 
-        words = ()
-        scores = ()
-        for t in tl.static_range(4):
-            w = key_words(
-                record[:, None], (slot + t)[:, None], n[None, :],
-                exists[:, None] & (n < D // FIELDS)[None, :], K_BITS, D, PAGE,
-            )  # fmt: skip
-            words = words + (w,)
-            scores = scores + (tl.zeros([ROWS, QUADS], tl.float32),)
-        for j in tl.static_range(FIELDS):
-            sums = ()
-            for t in tl.static_range(4):
-                k = tl.trans(number(words[t], j, K_BITS, K0, K1))
-                sums = sums + (tl.dot(query[FIELDS + j], k, tl.dot(query[j], k, scores[t])),)
-            scores = sums
-
         logits = ()
         new_top = top
         for t in tl.static_range(4):
-            s = scores[t]
+            words = key_words(
+                record[:, None], (slot + t)[:, None], n[None, :],
+                exists[:, None] & (n < D // FIELDS)[None, :], K_BITS, D, PAGE,
+            )  # fmt: skip
+            s = tl.zeros([ROWS, QUADS], tl.float32)
+            for j in tl.static_range(FIELDS):
+                k = tl.trans(number(words, j, K_BITS, K0, K1))
+                s = tl.dot(query[j], k, s)
+                s = tl.dot(query[FIELDS + j], k, s)
             scale = load_scales(
                 record, slot + t, token + t < length, False, K_BITS, V_BITS, D, PAGE
             )

@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 from tq_core import TQError
 
+from tq_kernels.aot import Variant
 from tq_kernels.codec import Kind
 from tq_kernels.format import KVFormat
 from tq_kernels.ops.backend import portable_kernels
@@ -22,6 +23,8 @@ from tq_kernels.quantize import codebook_of
 __all__ = ["PortableDecodePlan"]
 
 LOG2E = 1.4426950408889634
+#: Tiles a split has at least.
+LEAST_TILES = 2
 #: Rows of queries that the kernels around the attention take at a time.
 AROUND = 16
 
@@ -55,12 +58,8 @@ class Tiling:
 
 
 def choose_tiling(spec: AttentionSpec) -> Tiling:
-    """Tiling for the most rows that a sequence may have; none of them spills registers."""
-    if spec.fmt.head_dim > 128:
-        return Tiling(16, 16, 4, 2)
-    if spec.group * spec.max_query_len <= 16:
-        return Tiling(16, 16, 2, 2)
-    return Tiling(32, 16, 4, 2)
+    """Tiling of a head_dim; none of them spills registers."""
+    return Tiling(16, 16, 8 if spec.fmt.head_dim > 128 else 2, 2)
 
 
 def choose_splits(spec: AttentionSpec, tiling: Tiling) -> int:
@@ -71,6 +70,67 @@ def choose_splits(spec: AttentionSpec, tiling: Tiling) -> int:
     programs = units * 8 // tiling.warps
     blocks = spec.max_batch * spec.kv_heads * -(-spec.group * spec.max_query_len // tiling.rows)
     return max(1, min(128, programs // blocks))
+
+
+def prepare_constants(fmt: KVFormat, center: bool) -> dict[str, Any]:
+    """Constants of :func:`prepare_queries`."""
+    dim = fmt.head_dim
+    return {
+        "D": dim,
+        "WIDTH": len(key_columns(fmt)[0]),
+        "ROWS": AROUND,
+        "STEP": 32 if dim % 32 == 0 else 16,
+        "CENTER": center,
+    }
+
+
+def attend_constants(
+    spec: AttentionSpec, tiling: Tiling, center: bool, after: bool
+) -> dict[str, Any]:
+    """Constants of :func:`attend_pages`."""
+    fmt = spec.fmt
+    k_table, v_table = table_words(fmt.k_codebook), table_words(fmt.v_codebook)
+    return {
+        "D": fmt.head_dim,
+        "K_BITS": fmt.k_bits,
+        "V_BITS": fmt.v_bits,
+        "PAGE": fmt.page_size,
+        "ROWS": tiling.rows,
+        "QUADS": tiling.quads,
+        "K_WIDTH": key_columns(fmt)[1],
+        "V_WIDTH": max(16, triton.next_power_of_2(fmt.head_dim // 2)),
+        "K0": k_table[0],
+        "K1": k_table[1],
+        "V0": v_table[0],
+        "V1": v_table[1],
+        "WINDOW": spec.sliding_window is not None,
+        "CAP": spec.soft_cap is not None,
+        "CENTER": center,
+        "PREFIX": after,
+        "FINE": spec.dtype != torch.bfloat16,
+    }
+
+
+def merge_warps(dim: int) -> int:
+    """Warps of :func:`merge_partials`."""
+    return 2 if dim <= 128 else 4
+
+
+def merge_constants(
+    spec: AttentionSpec, tiling: Tiling, sinks: bool, after: bool
+) -> dict[str, Any]:
+    """Constants of :func:`merge_partials`."""
+    dim = spec.fmt.head_dim
+    return {
+        "D": dim,
+        "WIDTH": triton.next_power_of_2(dim),
+        "ROWS": AROUND,
+        "STEP": 32 if dim % 32 == 0 else 16,
+        "TILE": 4 * tiling.quads,
+        "WINDOW": spec.sliding_window is not None,
+        "SINKS": sinks,
+        "PREFIX": after,
+    }
 
 
 class PortableDecodePlan:
@@ -136,13 +196,12 @@ class PortableDecodePlan:
         self.max_tokens = spec.max_tokens if max_tokens is None else max_tokens
         self._after = after
         dim = fmt.head_dim
-        columns, self._key_width = key_columns(fmt)
+        columns, _ = key_columns(fmt)
         rotation = fmt.rotation_matrix("cpu", torch.float64)
         index = torch.tensor(columns)
         forward = rotation.T[:, index.clamp_min(0)].masked_fill(index < 0, 0.0)
         self._forward = forward.to(device, torch.float32).contiguous()
         self._inverse = rotation[value_order(fmt)].to(device, torch.float32).contiguous()
-        self._steps = {kind: float(_step(fmt, kind)) for kind in ("k", "v")}
         rows = self.max_tokens * heads
         self._digits = torch.empty(rows * 2 * len(columns), dtype=torch.float16, device=device)
         self._stats = torch.empty(rows * 2, dtype=torch.float32, device=device)
@@ -215,60 +274,127 @@ class PortableDecodePlan:
         return -(-self.spec.group * self.spec.max_query_len // rows)
 
     def _prepare(self, q: Tensor, key_center: Tensor | None) -> None:
-        spec, dim = self.spec, self.spec.fmt.head_dim
+        spec = self.spec
         rows = q.shape[0] * spec.heads
         prepare_queries[(-(-rows // AROUND),)](
             q, self._forward, q if key_center is None else key_center, self._digits, self._stats,
-            spec.scale * LOG2E * self._steps["k"], spec.scale * LOG2E,
+            spec.scale * LOG2E * _step(spec.fmt, "k"), spec.scale * LOG2E,
             rows, spec.heads, spec.group, q.stride(0), q.stride(1),
-            D=dim, WIDTH=self._forward.shape[1], ROWS=AROUND, STEP=32 if dim % 32 == 0 else 16,
-            CENTER=key_center is not None, num_warps=4,
+            **prepare_constants(spec.fmt, key_center is not None), num_warps=4,
         )  # fmt: skip
 
     def _attend(
         self, pages: Tensor, block_table: Tensor, lengths: Tensor, cu: Tensor, center: bool
     ) -> None:
-        spec, fmt, tiling = self.spec, self.spec.fmt, self.tiling
+        spec, tiling = self.spec, self.tiling
         blocks = self._blocks(tiling.rows)
-        k_table, v_table = table_words(fmt.k_codebook), table_words(fmt.v_codebook)
-        options: dict[str, Any] = {"num_warps": tiling.warps, "num_stages": tiling.stages}
         attend_pages[(lengths.shape[0] * spec.kv_heads * blocks, self.num_splits)](
             self._digits, self._stats, pages, block_table, lengths, cu,
             self._partial_out, self._partial_stats,
             spec.soft_cap or 0.0, spec.sliding_window or 0, self.num_splits, LEAST_TILES, blocks,
             spec.kv_heads, spec.group, self.max_tokens * spec.heads,
             pages.stride(0), pages.stride(1), block_table.stride(0),
-            D=fmt.head_dim, K_BITS=fmt.k_bits, V_BITS=fmt.v_bits, PAGE=fmt.page_size,
-            ROWS=tiling.rows, QUADS=tiling.quads, K_WIDTH=self._key_width,
-            V_WIDTH=max(16, triton.next_power_of_2(fmt.head_dim // 2)),
-            K0=k_table[0], K1=k_table[1], V0=v_table[0], V1=v_table[1],
-            WINDOW=spec.sliding_window is not None, CAP=spec.soft_cap is not None,
-            CENTER=center, PREFIX=self._after, FINE=spec.dtype != torch.bfloat16, **options,
+            **attend_constants(spec, tiling, center, self._after),
+            num_warps=tiling.warps, num_stages=tiling.stages,
         )  # fmt: skip
 
     def _merge(
         self, lengths: Tensor, cu: Tensor, sinks: Tensor | None, out: Tensor, lse: Tensor
     ) -> None:
-        spec, dim = self.spec, self.spec.fmt.head_dim
+        spec = self.spec
         blocks = self._blocks(AROUND)
         merge_partials[(lengths.shape[0] * spec.kv_heads * blocks,)](
             self._partial_out, self._partial_stats, lengths, cu, self._inverse,
             lse if sinks is None else sinks, out, lse,
-            self._steps["v"], spec.sliding_window or 0, self.num_splits, LEAST_TILES, blocks,
+            _step(spec.fmt, "v"), spec.sliding_window or 0, self.num_splits, LEAST_TILES, blocks,
             spec.kv_heads, spec.group, self.max_tokens * spec.heads,
             out.stride(0), out.stride(1), lse.stride(0),
-            D=dim, WIDTH=triton.next_power_of_2(dim), ROWS=AROUND,
-            STEP=32 if dim % 32 == 0 else 16, TILE=4 * self.tiling.quads,
-            WINDOW=spec.sliding_window is not None, SINKS=sinks is not None, PREFIX=self._after,
-            num_warps=4,
+            **merge_constants(spec, self.tiling, sinks is not None, self._after),
+            num_warps=merge_warps(spec.fmt.head_dim),
         )  # fmt: skip
-
-
-#: Tiles a split has at least.
-LEAST_TILES = 2
 
 
 def _step(fmt: KVFormat, kind: Kind) -> float:
     step = codebook_of(fmt, kind).step
     assert step is not None
-    return step
+    return float(step)
+
+
+#: What the kernels are compiled with ahead of time: head_dim, bits, rows, dtype, all options.
+_CASES: tuple[tuple[int, int, int, int, str, bool], ...] = (
+    *((dim, 4, 4, 4, "bf16", False) for dim in (64, 80, 96, 128, 192, 256)),
+    *((128, bits, bits, 4, "bf16", False) for bits in (2, 3, 8)),
+    *((256, bits, bits, 4, "fp16", True) for bits in (2, 3, 4, 8)),
+    *((80, bits, 3, 4, "fp16", True) for bits in (3, 8)),
+    (64, 4, 4, 4, "fp16", True),
+    (128, 3, 8, 4, "fp32", True),
+)
+_QUICK = ((128, 4, 4, 4, "bf16", False), (80, 3, 3, 4, "fp16", True))
+
+
+def aot_variants() -> list[Variant]:
+    """Variants over head_dim, bits, dtype, number of rows and options."""
+    integers = ("num_splits", "least", "row_blocks", "kv_heads", "group", "split_stride", "window")
+    tensors = dict.fromkeys(("block_table", "seq_lens", "cu_query_lens"), "*i32")
+    partials = dict.fromkeys(("partial_out", "partial_stats"), "*fp32")
+    attend_strides = ("page_stride", "record_stride", "table_stride")
+    found = []
+    for dim, k_bits, v_bits, group, dtype, options in _CASES:
+        spec = AttentionSpec(
+            KVFormat(dim, k_bits, v_bits), group, 1, 1, 1,
+            {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype],
+            torch.device("cpu"), None, 30.0 if options else None, 512 if options else None,
+        )  # fmt: skip
+        tiling = choose_tiling(spec)
+        name = f"d{dim}-k{k_bits}v{v_bits}-{dtype}" + "-all" * options
+        quick = (dim, k_bits, v_bits, group, dtype, options) in _QUICK
+        found.append(
+            Variant(
+                name=f"attend-{name}",
+                kernel=attend_pages,
+                signature={
+                    "q_digits": "*fp16", "q_stats": "*fp32", "pages": "*u8", **tensors, **partials,
+                    "soft_cap": "fp32", **dict.fromkeys((*integers, *attend_strides), "i32"),
+                },
+                constexprs=attend_constants(spec, tiling, options, False),
+                num_warps=tiling.warps,
+                num_stages=tiling.stages,
+                aligned=(*attend_strides, "split_stride"),
+                quick=quick,
+            )
+        )  # fmt: skip
+        if k_bits != 4:
+            continue
+        strides = ("q_token_stride", "q_head_stride")
+        found.append(
+            Variant(
+                name=f"prepare-{name}",
+                kernel=prepare_queries,
+                signature={
+                    "q": f"*{dtype}", "key_center": "*fp32", "matrix": "*fp32",
+                    "q_digits": "*fp16", "q_stats": "*fp32",
+                    "logit_scale": "fp32", "center_scale": "fp32",
+                    **dict.fromkeys(("rows_total", "heads", "group", *strides), "i32"),
+                },
+                constexprs=prepare_constants(spec.fmt, options),
+                aligned=strides,
+                quick=quick,
+            )
+        )  # fmt: skip
+        strides = ("out_token_stride", "out_head_stride", "lse_token_stride")
+        found.append(
+            Variant(
+                name=f"merge-{name}",
+                kernel=merge_partials,
+                signature={
+                    **partials, "seq_lens": "*i32", "cu_query_lens": "*i32", "matrix": "*fp32",
+                    "sinks": "*fp32", "out": f"*{dtype}", "lse": "*fp32", "v_step": "fp32",
+                    **dict.fromkeys((*integers, *strides), "i32"),
+                },
+                constexprs=merge_constants(spec, tiling, options, False),
+                num_warps=merge_warps(dim),
+                aligned=(*strides, "split_stride"),
+                quick=quick,
+            )
+        )  # fmt: skip
+    return found
