@@ -277,3 +277,26 @@ def test_grid_optimum_beats_rounded_free_codebook(dim: int, bits: int) -> None:
         rounded = np.floor(free / free[-1] * top) + 0.5
         if np.all(np.diff(rounded) > 0):
             assert book.mse <= best_step_mse(dim, rounded, free[-1] / top) * (1 + 1e-5)
+
+
+@given(st.integers(1, 8), st.sampled_from([2, 3, 16, 128, None]), st.sampled_from([None, "int7"]))
+def test_table_of_codes_equals_the_binary_search(
+    bits: int, dim: int | None, grid: str | None
+) -> None:
+    """Values on, next to and far from every boundary, in both precisions and any order."""
+    if grid and (dim is None or dim < 16 or bits not in (2, 3, 4)):
+        grid = None
+    book = lloyd_max(dim, bits, grid)  # type: ignore[arg-type]
+    near = [np.nextafter(book.boundaries, side) for side in (-9.0, 9.0)]
+    wide = np.linspace(-1.2, 1.2, 6001) * (1.0 if dim else 6.0)
+    for dtype in (np.float64, np.float32):
+        y = np.concatenate([book.boundaries, *near, book.centroids, wide, [-1e9, 1e9]])
+        y = np.random.default_rng(0).permutation(y).astype(dtype)
+        expected = np.searchsorted(book.boundaries, y, side="right")
+        np.testing.assert_array_equal(book.encode(y), expected)
+    codes = book.encode(y)
+    for shape in ((-1, 1), (len(codes),)):
+        single = book.decode(codes.reshape(shape), np.float32)
+        np.testing.assert_array_equal(
+            single.ravel(), book.decode(codes).astype(np.float32), strict=True
+        )

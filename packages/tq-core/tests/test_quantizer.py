@@ -312,3 +312,36 @@ def test_lists_are_accepted() -> None:
 def test_errors(call: object, match: str) -> None:
     with pytest.raises(TQError, match=match):
         call()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("rotation", ["haar", "hadamard"])
+@pytest.mark.parametrize(("dim", "bits"), [(128, 4), (127, 3), (80, 2), (64, 8), (33, 1)])
+def test_single_precision_changes_codes_only_at_boundaries(
+    rotation: str, dim: int, bits: int
+) -> None:
+    x = np.random.default_rng(9).standard_normal((400, dim)).astype(np.float32)
+    x[0], x[1], x[2] = 0.0, x[1] * 1e-30, x[2] * 1e30
+    double = MSEQuantizer(dim, bits, rotation)
+    single = MSEQuantizer(dim, bits, rotation, compute_dtype="float32")
+    a, b = double.encode(x), single.encode(x)
+    unit = (
+        double.rotation.apply(x)
+        / np.maximum(np.linalg.norm(x.astype(float), axis=1), 1e-300)[:, None]
+    )
+    gap = np.min(np.abs(unit[..., None] - double.codebook.boundaries), axis=-1)
+    different = a.codes != b.codes
+    assert np.all(gap[different] < 2e-6)
+    assert different.mean() < 0.01 * 2 ** (bits - 4)
+    same = ~different.any(axis=1)
+    np.testing.assert_allclose(b.scales[same], a.scales[same], rtol=1e-5)
+    # Far from ordinary norms both are computed in float64.
+    np.testing.assert_array_equal(a.codes[:3], b.codes[:3])
+
+
+def test_single_precision_takes_values_beyond_its_range() -> None:
+    x = np.random.default_rng(1).standard_normal((50, 16)) * np.logspace(-280, 280, 50)[:, None]
+    a = MSEQuantizer(16, 4).encode(x)
+    b = MSEQuantizer(16, 4, compute_dtype=np.float32).encode(x)
+    np.testing.assert_allclose(a.scales, b.scales, rtol=1e-5)
+    with pytest.raises(TQError, match="compute_dtype=float16"):
+        MSEQuantizer(16, 4, compute_dtype=np.float16)

@@ -65,6 +65,16 @@ def test_blocks_agree(metric: str, monkeypatch: pytest.MonkeyPatch) -> None:
     np.testing.assert_array_equal(np.sort(index.scores(q)), np.sort(index.search(q, 50)[0]))
 
 
+def test_vectors_closer_than_the_precision_of_the_filter() -> None:
+    """Scores that differ by less than float32 can tell still come in the right order."""
+    q = data(1, 16)[0]
+    index = CodeIndex(MSEQuantizer(16, 4))
+    for factor in (1.0, 1.0 + 3e-9, 1.0 - 3e-9, 1.0 + 6e-9):
+        index.add(q[None] * factor)
+    index.add(data(200, 16, 3) * 1e-3)
+    assert index.search(q, 3)[1].tolist() == [3, 1, 0]
+
+
 def test_recall_grows_with_bits() -> None:
     x, q = data(2000, 64), data(100, 64, 3)
     truth = np.argsort(-(q @ x.T), axis=1)[:, :10]

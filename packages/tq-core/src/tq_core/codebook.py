@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike, DTypeLike, NDArray
 from scipy import linalg
 
 from tq_core import grid as _grid
@@ -27,6 +27,8 @@ GridName = Literal["int7", "int8", "e4m3"]
 
 _RESIDUAL = 1e-11  # stationarity, in standard deviations
 _ITERATIONS = 100
+_BUCKET = 32000  # 16-bit integer of the largest boundary
+_SMALL = 4096  # coordinates below which a binary search is quicker than the table
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,15 +77,63 @@ class Codebook:
         """Number of centroids."""
         return len(self.centroids)
 
+    @cached_property
+    def _buckets(self) -> tuple[float, NDArray[np.uint8]]:
+        """Factor from coordinates to 16-bit integers, and the code of each integer.
+
+        255 stands for "look it up": the integers that values on both sides of a boundary have.
+        """
+        factor = _BUCKET / float(self.boundaries[-1] or 1.0)
+        # astype truncates, so integer i holds values between i - 1 and i + 1; rounding of the
+        # product moves a value by less than 2**-7 of a bucket.
+        integers = np.arange(-(2**15), 2**15, dtype=np.float64)
+        low = np.searchsorted(self.boundaries * factor, integers - 1.01, side="right")
+        high = np.searchsorted(self.boundaries * factor, integers + 1.01, side="right")
+        codes = np.where(low == high, low, 255).astype(np.uint8)
+        return factor, np.roll(codes, 2**15)  # a negative integer is read as unsigned
+
+    @cached_property
+    def _pairs(self) -> NDArray[np.complex64]:
+        """Centroids of two codes, read as one little-endian 16-bit number, as one 8-byte entry."""
+        number = np.arange((self.size - 1) * 257 + 1)
+        table = np.zeros((len(number), 2), dtype=np.float32)
+        for i, code in enumerate((number & 255, number >> 8)):
+            table[:, i] = self.centroids[np.minimum(code, self.size - 1)]
+        return table.view(np.complex64).ravel()
+
     def encode(self, y: ArrayLike) -> NDArray[np.uint8]:
         """Codes (uint8) of coordinates ``y`` of unit vectors, same shape."""
-        y = np.asarray(y, dtype=np.float64)
-        codes = np.searchsorted(self.boundaries, y.ravel(), side="right")
-        return codes.astype(np.uint8).reshape(y.shape)
+        y = np.asarray(y)
+        return self.encode_scaled(y if y.dtype == np.float32 else y.astype(np.float64), None)
 
-    def decode(self, codes: ArrayLike) -> Float:
-        """Centroids (float64) of ``codes``, same shape."""
-        return np.asarray(self.centroids[np.asarray(codes)], dtype=np.float64)
+    def encode_scaled(
+        self, y: NDArray[np.floating], inverse: NDArray[np.floating] | None
+    ) -> NDArray[np.uint8]:
+        """Codes of ``y * inverse[..., None]``, float32 or float64; ``None`` stands for ones."""
+        if y.size < _SMALL:
+            unit = y if inverse is None else y * inverse[..., None]
+            found = np.searchsorted(self.boundaries, unit.ravel(), side="right")
+            return found.astype(np.uint8).reshape(y.shape)
+        factor, table = self._buckets
+        scaled = y * (y.dtype.type(factor) if inverse is None else factor * inverse[..., None])
+        np.clip(scaled, -_BUCKET - 2, _BUCKET + 2, out=scaled)
+        codes = table.take(scaled.astype(np.int16).view(np.uint16))
+        near = np.flatnonzero(codes.ravel() == 255)
+        exact = y.ravel()[near]
+        if inverse is not None:
+            exact = exact * inverse.ravel()[near // y.shape[-1]]
+        codes.ravel()[near] = np.searchsorted(self.boundaries, exact, side="right")
+        return codes
+
+    def decode(self, codes: ArrayLike, dtype: DTypeLike = np.float64) -> NDArray[np.floating]:
+        """Centroids of ``codes`` as float64 or float32, same shape."""
+        codes = np.asarray(codes)
+        if np.dtype(dtype) == np.float32:
+            if codes.dtype == np.uint8 and codes.size and codes.shape[-1] % 2 == 0:
+                pairs = np.ascontiguousarray(codes).view("<u2")
+                return self._pairs.take(pairs).view(np.float32)
+            return np.asarray(self.centroids.astype(np.float32)[codes])
+        return np.asarray(self.centroids[codes], dtype=np.float64)
 
 
 def _check(dim: float | None, bits: int) -> int | None:

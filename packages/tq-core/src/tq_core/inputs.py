@@ -7,15 +7,18 @@ from numpy.typing import ArrayLike, NDArray
 
 from tq_core.errors import TQError
 
-__all__ = ["as_vectors", "normalise"]
+__all__ = ["as_vectors", "check_finite", "normalise"]
 
 _KINDS = (np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.float64))
 
 
-def as_vectors(x: ArrayLike, dim: int, name: str = "x") -> NDArray[np.floating]:
+def as_vectors(
+    x: ArrayLike, dim: int, name: str = "x", *, finite: bool = True
+) -> NDArray[np.floating]:
     """Finite real vectors [..., dim] of dtype float16, float32 or float64.
 
-    Python numbers and lists become float64.
+    Python numbers and lists become float64. ``finite=False`` leaves it to the caller to check that
+    values are finite (:func:`check_finite`).
 
     Raises
     ------
@@ -37,14 +40,21 @@ def as_vectors(x: ArrayLike, dim: int, name: str = "x") -> NDArray[np.floating]:
             f"{name} has shape {array.shape}: the last axis must be dim={dim}; reshape it or use "
             "a quantizer of that dim"
         )
-    finite = np.isfinite(array)
-    if not finite.all():
-        index = tuple(int(i) for i in np.unravel_index(int(np.argmin(finite)), array.shape))
+    if finite:
+        check_finite(array, name)
+    return array
+
+
+def check_finite(x: NDArray[np.floating], name: str = "x") -> None:
+    """Raise if a value is not finite and name its index."""
+    good = np.isfinite(x)
+    if not good.all():
+        index = [int(i) for i in np.unravel_index(int(np.argmin(good)), x.shape)]
+        value = x[tuple(index)]
         raise TQError(
-            f"{name}{list(index)} is {array[index]}: only finite values can be quantized; mask or "
+            f"{name}{index} is {value}: only finite values can be quantized; mask or "
             "replace them, for example with numpy.nan_to_num"
         )
-    return array
 
 
 def normalise(x: NDArray[np.floating]) -> tuple[NDArray[np.float64], NDArray[np.int32]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -50,6 +50,13 @@ class Rotation(ABC):
 
     @abstractmethod
     def _inverse(self, y: Float) -> Float: ...
+
+    @cached_property
+    def matrix32(self) -> NDArray[np.float32]:
+        """Matrix R rounded to float32, read-only."""
+        single = self.matrix.astype(np.float32)
+        single.setflags(write=False)
+        return single
 
     def apply(self, x: ArrayLike) -> Float:
         """``R x`` for ``x`` [..., dim] of any real dtype, computed and returned in float64."""

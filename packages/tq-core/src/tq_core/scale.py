@@ -31,8 +31,8 @@ def check_scale(scale: str) -> None:
 
 
 def vector_scales(
-    y: NDArray[np.float64], c: NDArray[np.float64], norm: NDArray[np.float64], scale: str
-) -> NDArray[np.float64]:
+    y: NDArray[np.floating], c: NDArray[np.floating], norm: NDArray[np.floating], scale: str
+) -> NDArray[np.floating]:
     """Scales of vectors ``y`` [..., dim] with codewords ``c`` and norms ``norm`` [...].
 
     A zero vector has scale 0. ``y`` is not normalised.
@@ -40,11 +40,9 @@ def vector_scales(
     if scale == "none":
         return norm
     if scale == "mse":
-        return np.asarray(
-            np.einsum("...i,...i->...", y, c) / np.einsum("...i,...i->...", c, c), dtype=np.float64
-        )
+        return np.asarray(np.einsum("...i,...i->...", y, c) / np.einsum("...i,...i->...", c, c))
     if scale == "norm":
-        return np.asarray(norm / np.sqrt(np.einsum("...i,...i->...", c, c)), dtype=np.float64)
+        return np.asarray(norm / np.sqrt(np.einsum("...i,...i->...", c, c)))
     # A codeword has the signs of its vector, so the product is positive unless y is zero.
     product = np.einsum("...i,...i->...", y, c)
     zero = norm == 0.0
