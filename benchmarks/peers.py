@@ -20,6 +20,7 @@ from tq_kernels.bench.candidates import (
     Candidate,
     Prepared,
     distance,
+    exact,
     store_inputs,
     store_pages,
 )
@@ -35,23 +36,6 @@ def folder() -> Path:
     if str(path) not in sys.path:
         sys.path.insert(0, str(path))
     return path
-
-
-def exact(q: Tensor, k: Tensor, v: Tensor, first: int, step: int = 512) -> Tensor:
-    """Attention of queries [tokens, heads, dim] on [tokens, kv_heads, dim] in float32, causal."""
-    group = q.shape[1] // k.shape[1]
-    found = []
-    for head in range(k.shape[1]):
-        rows = q[:, head * group : (head + 1) * group].float()
-        parts = []
-        for at in range(0, q.shape[0], step):
-            logits = torch.einsum("qhd,kd->qhk", rows[at : at + step], k[:, head].float())
-            seen = first + at + torch.arange(logits.shape[0], device=q.device)[:, None, None]
-            late = torch.arange(k.shape[0], device=q.device) > seen
-            weights = (logits * q.shape[-1] ** -0.5).masked_fill(late, -torch.inf).softmax(-1)
-            parts.append(torch.einsum("qhk,kd->qhd", weights, v[:, head].float()))
-        found.append(torch.cat(parts))
-    return torch.cat(found, dim=1)
 
 
 def gathered(cache: Tensor, table: Tensor, tokens: int) -> Tensor:

@@ -8,7 +8,9 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from tq_core import TQError
 
+import tq_kernels
 from tq_kernels.bench.inputs import Pool, normal, queries, random_pages, tables
 from tq_kernels.bench.shapes import Decode, Prefill, Store
 from tq_kernels.decode_plan import DecodePlan
@@ -16,7 +18,16 @@ from tq_kernels.ops.decode import decode_ref
 from tq_kernels.ops.dequantize import dequantize_ref
 from tq_kernels.ops.store import store, store_ref
 
-__all__ = ["Call", "Candidate", "Prepared", "TurboQuant", "distance", "store_inputs", "store_pages"]
+__all__ = [
+    "Call",
+    "Candidate",
+    "Prepared",
+    "TurboQuant",
+    "distance",
+    "exact",
+    "store_inputs",
+    "store_pages",
+]
 
 
 Call = Callable[[], object]
@@ -26,6 +37,23 @@ def distance(found: Tensor, expected: Tensor) -> float:
     """Norm of the difference over the norm of what is expected; NaN shows."""
     gap = (found.double() - expected.double()).norm() / expected.double().norm()
     return float(gap)
+
+
+def exact(q: Tensor, k: Tensor, v: Tensor, first: int) -> Tensor:
+    """Attention in float32, causal: query ``i`` sees keys up to ``first + i``.
+
+    ``q`` [queries, heads, head_dim], ``k`` and ``v`` [tokens, kv_heads, head_dim].
+    """
+    group = q.shape[1] // k.shape[1]
+    seen = first + torch.arange(q.shape[0], device=q.device)[:, None, None]
+    late = torch.arange(k.shape[0], device=q.device) > seen
+    found = []
+    for head in range(k.shape[1]):
+        rows = q[:, head * group : (head + 1) * group].float()
+        logits = torch.einsum("qhd,kd->qhk", rows, k[:, head].float()) * q.shape[-1] ** -0.5
+        weights = logits.masked_fill(late, -torch.inf).softmax(-1)
+        found.append(torch.einsum("qhk,kd->qhd", weights, v[:, head].float()))
+    return torch.cat(found, dim=1)
 
 
 @dataclass
@@ -38,6 +66,8 @@ class Prepared:
 
     ways: dict[str, Sequence[Call]]
     check: Callable[[Call], dict[str, float]]
+    #: Whether a CUDA graph can capture the calls.
+    captured: bool = True
 
 
 class Candidate:
@@ -150,6 +180,36 @@ class TurboQuant(Candidate):
 
         return Prepared({plan.kernels: calls}, check)
 
+    def prefill(self, shape: Prefill, copies: int) -> Prepared:
+        """See :class:`Candidate`."""
+        q, k, v, block_tables, bounds, stored = prefill_inputs(shape, copies, self.device)
+        pages = self._pages(shape, copies * block_tables[0].shape[1])
+        fmt, results = shape.fmt, [q]
+        prefill = getattr(tq_kernels, "prefill", None)
+        if prefill is None:
+            raise TQError("this version of tq-kernels has no prefill kernel; leave the section out")
+
+        def call(table: Tensor) -> Call:
+            def run() -> None:
+                results[0], _ = prefill(q, k, v, pages, table, bounds, stored, fmt)
+
+            return run
+
+        def check(call: Call) -> dict[str, float]:
+            call()
+            at = torch.arange(shape.context, device=self.device)
+            page = block_tables[-1][0].long()[at // shape.page_size]
+            slots = page * shape.page_size + at % shape.page_size
+            prefix = dequantize_ref(pages, slots, fmt, torch.float32)
+            keys, values = (
+                torch.cat((old, new.float())) for old, new in zip(prefix, (k, v), strict=True)
+            )
+            few = min(64, shape.tokens)
+            first = shape.context + shape.tokens - few
+            return {"error": distance(results[0][-few:], exact(q[-few:], keys, values, first))}
+
+        return Prepared({"": [call(table) for table in block_tables]}, check, captured=False)
+
     def store(self, shape: Store, copies: int) -> Prepared:
         """See :class:`Candidate`."""
         pages = self._pages(shape, copies * store_pages(shape))
@@ -176,6 +236,27 @@ class TurboQuant(Candidate):
             }
 
         return Prepared({"": [call(*pair) for pair in zip(inputs, slots, strict=True)]}, check)
+
+
+def prefill_inputs(
+    shape: Prefill, copies: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor, Tensor]:
+    """Queries, keys and values bf16; block tables of the stored tokens; bounds; stored tokens."""
+    q, k, v = (
+        normal((heads, shape.tokens, shape.head_dim), device, torch.bfloat16).transpose(0, 1)
+        for heads in (shape.heads, shape.kv_heads, shape.kv_heads)
+    )
+    like = Decode(1, max(shape.context, 1), page_size=shape.page_size)
+    bounds = torch.tensor([0, shape.tokens], dtype=torch.int32, device=device)
+    stored = torch.tensor([shape.context], dtype=torch.int32, device=device)
+    return (
+        q.contiguous(),
+        k.contiguous(),
+        v.flip(0).contiguous(),
+        tables(like, copies, device),
+        bounds,
+        stored,
+    )
 
 
 def store_pages(shape: Store) -> int:

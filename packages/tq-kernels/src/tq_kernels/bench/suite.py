@@ -194,9 +194,9 @@ class Suite:
         found, checks, errors = {}, {}, {}
         for way, calls in prepared.ways.items():
             try:
-                taken = quantiles(times(calls, self.device, self.repeats))
+                samples = times(calls, self.device, self.repeats, captured=prepared.captured)
                 checks[way] = prepared.check(calls[-1])
-                found[way] = taken
+                found[way] = quantiles(samples)
             except Exception as error:
                 errors[way] = repr(error)[:300]
         if not found:
@@ -209,6 +209,8 @@ class Suite:
             result["share_of_copy"] = result["tbps"] / self.result["copy"]["tbps"]
         if best:
             result["way"] = best
+        if not prepared.captured:
+            result["launched_one_by_one"] = True
         if len(found) > 1:
             result["ways_ms"] = {way: value["p50"] for way, value in found.items()}
         if errors:

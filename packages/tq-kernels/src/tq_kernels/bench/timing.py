@@ -34,16 +34,20 @@ def rotation(call_bytes: int, device: torch.device) -> int:
     return min(MOST_CALLS, 1 + max(1, -(-needed // max(1, call_bytes))))
 
 
-def times(calls: Sequence[Call], device: torch.device, repeats: int = 30) -> list[float]:
+def times(
+    calls: Sequence[Call], device: torch.device, repeats: int = 30, *, captured: bool = True
+) -> list[float]:
     """Milliseconds a call, one number for every repeat over all of ``calls``.
 
-    On a GPU the calls are captured in one graph, after a first run of each outside of it, and the
-    graph is replayed between two events.
+    On a GPU the calls are captured in one graph, after a first run of some outside of it, and the
+    graph is replayed between events; or they are launched between them, if not ``captured``.
     """
     for call in calls[:3]:
         call()
     if device.type != "cuda":
         return [_wall_time(calls) for _ in range(repeats)]
+    if not captured:
+        return _between_events(lambda: [call() for call in calls], len(calls), device, repeats)
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
@@ -56,15 +60,17 @@ def times(calls: Sequence[Call], device: torch.device, repeats: int = 30) -> lis
             call()
     for _ in range(3):
         graph.replay()
+    return _between_events(graph.replay, len(calls), device, repeats)
+
+
+def _between_events(launch: Call, calls: int, device: torch.device, repeats: int) -> list[float]:
     marks = [_event() for _ in range(repeats + 1)]
     marks[0].record()
     for mark in marks[1:]:
-        graph.replay()
+        launch()
         mark.record()
     torch.cuda.synchronize(device)
-    found = [a.elapsed_time(b) / len(calls) for a, b in pairwise(marks)]
-    del graph
-    return found
+    return [a.elapsed_time(b) / calls for a, b in pairwise(marks)]
 
 
 def _event() -> Any:
