@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tq_core import TQError
-from tq_vllm.settings import PRESETS, asked_for, load_settings, skipped_layers
+from tq_vllm.settings import PRESETS, asked_for, load_settings, named_layers
 
 
 def test_import_loads_no_framework() -> None:
@@ -19,7 +19,8 @@ def test_import_loads_no_framework() -> None:
 def test_defaults() -> None:
     settings = load_settings()
     assert (settings.key_bits, settings.value_bits) == (4, 4)
-    assert (settings.layers_kept, settings.prefill, settings.seed) == ("none", "exact", 0)
+    assert (settings.skip_layers, settings.layers_fine) == ("none", "none")
+    assert (settings.prefill, settings.seed) == ("exact", 0)
     assert not asked_for({})
     assert not asked_for({"TQ_K_BITS": "", "TQ_KERNELS_DEBUG": "1", "PATH": "x"})
     assert asked_for({"TQ4_V_BITS": "4"})
@@ -31,16 +32,16 @@ def test_presets(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     settings = load_settings()
     assert f"k{settings.key_bits}v{settings.value_bits}" == name
     low = min(settings.key_bits, settings.value_bits) <= 3 and name != "k4v3"
-    assert settings.layers_kept == ("0,1,-2,-1" if low else "none")
+    assert settings.layers_fine == ("0,1,-2,-1" if low else "none")
 
 
 def test_bits_override_the_preset_and_its_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TQ_PRESET", "k3v3")
     monkeypatch.setenv("TQ_K_BITS", "4")
     settings = load_settings()
-    assert (settings.key_bits, settings.value_bits, settings.layers_kept) == (4, 3, "none")
-    monkeypatch.setenv("TQ_SKIP_LAYERS", "2")
-    assert load_settings().layers_kept == "2"
+    assert (settings.key_bits, settings.value_bits, settings.layers_fine) == (4, 3, "none")
+    monkeypatch.setenv("TQ_FINE_LAYERS", "2")
+    assert load_settings().layers_fine == "2"
 
 
 def test_names_of_the_seed_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,15 +80,15 @@ def test_wrong_settings_name_the_variable(
 
 
 def test_layers() -> None:
-    assert skipped_layers("none", 4) == (frozenset(), False)
-    assert skipped_layers("0, 1,-2,-1", 6) == (frozenset({0, 1, 4, 5}), False)
-    assert skipped_layers("1-3,sliding", 6) == (frozenset({1, 2, 3}), True)
+    assert named_layers("none", 4) == (frozenset(), False)
+    assert named_layers("0, 1,-2,-1", 6) == (frozenset({0, 1, 4, 5}), False)
+    assert named_layers("1-3,sliding", 6) == (frozenset({1, 2, 3}), True)
     for text in ("6", "-7", "4-6"):
         with pytest.raises(TQError, match="layers 0 to 5"):
-            skipped_layers(text, 6)
+            named_layers(text, 6)
 
 
 @given(st.sets(st.integers(-12, 11)))
 def test_layers_are_what_indexing_a_list_gives(numbers: set[int]) -> None:
-    layers, _ = skipped_layers(",".join(map(str, numbers)), 12)
+    layers, _ = named_layers(",".join(map(str, numbers)), 12)
     assert layers == {list(range(12))[n] for n in numbers}

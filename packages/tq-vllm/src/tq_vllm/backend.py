@@ -13,29 +13,33 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout, SlidingWindowSpec
 
-from tq_vllm.settings import Settings, load_settings
+from tq_vllm.settings import FINE_BITS, Settings, load_settings
 from tq_vllm.versions import check_vllm_version
 
 if TYPE_CHECKING:
     from tq_vllm.impl import TurboQuantImpl
     from tq_vllm.metadata import TurboQuantMetadataBuilder
 
-__all__ = ["TurboQuantBackend", "page_format"]
+__all__ = ["FineTurboQuantBackend", "TurboQuantBackend", "page_format"]
 
 check_vllm_version()
 
 
-def page_format(head_dim: int, page_size: int) -> KVFormat:
-    """Format of pages of ``page_size`` tokens, by the settings of the environment."""
-    return _format(head_dim, page_size, load_settings())
+def page_format(head_dim: int, page_size: int, fine: bool = False) -> KVFormat:
+    """Format of pages of ``page_size`` tokens, by the settings of the environment.
+
+    ``fine``: of the layers that get more bits.
+    """
+    return _format(head_dim, page_size, fine, load_settings())
 
 
 @cache
-def _format(head_dim: int, page_size: int, settings: Settings) -> KVFormat:
+def _format(head_dim: int, page_size: int, fine: bool, settings: Settings) -> KVFormat:
+    k_bits, v_bits = FINE_BITS if fine else (settings.key_bits, settings.value_bits)
     return KVFormat(
         head_dim,
-        settings.key_bits,
-        settings.value_bits,
+        k_bits,
+        v_bits,
         page_size,
         rotation=settings.rotation,
         seed=settings.seed,
@@ -46,6 +50,8 @@ def _format(head_dim: int, page_size: int, settings: Settings) -> KVFormat:
 class TurboQuantBackend(AttentionBackend):
     """Attention on pages of codes; a page is exactly ``heads * tokens * slot_bytes`` bytes."""
 
+    #: Whether it is for layers that get more bits.
+    fine: ClassVar[bool] = False
     forward_includes_kv_cache_update: bool = False
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16]
     supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "float16", "bfloat16"]
@@ -101,7 +107,7 @@ class TurboQuantBackend(AttentionBackend):
                 f"keys of dimension {spec.head_size} and values of dimension {spec.head_size_v}: "
                 "TurboQuant pages need equal ones; serve without --attention-backend CUSTOM"
             )
-        slot = page_format(spec.head_size, 16).slot_bytes
+        slot = page_format(spec.head_size, 16, cls.fine).slot_bytes
         return replace(spec, dtype=torch.uint8, state_content_bytes=slot)
 
     @classmethod
@@ -125,3 +131,9 @@ class TurboQuantBackend(AttentionBackend):
     @classmethod
     def supports_compute_capability(cls, capability: Any) -> bool:
         return bool(capability.major >= 8)
+
+
+class FineTurboQuantBackend(TurboQuantBackend):
+    """The same for layers that get more bits."""
+
+    fine: ClassVar[bool] = True

@@ -13,9 +13,9 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from tq_vllm.backend import TurboQuantBackend, page_format
-from tq_vllm.layers import keep_at_16_bits
+from tq_vllm.layers import assign_layer
 from tq_vllm.metadata import TurboQuantMetadata, batch_limits
-from tq_vllm.ops import EagerOps, FusedOps, LayerOps, LayerShape
+from tq_vllm.ops import EagerOps, FusedOps, LayerShape
 from tq_vllm.settings import load_settings
 
 __all__ = ["TurboQuantImpl"]
@@ -53,6 +53,8 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
         self.sliding_window = sliding_window
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         self.vllm_config = get_current_vllm_config()
+        #: Whether the layer gets more bits.
+        self.fine = False
         #: What a layer that is kept at 16 bits passes to its own implementation.
         self.arguments: dict[str, Any] = {
             "num_heads": num_heads,
@@ -79,7 +81,7 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
             *batch_limits(self.vllm_config),
         )
         fused = current_platform.is_cuda_alike()
-        self.ops: LayerOps = FusedOps(shape, sinks) if fused else EagerOps(shape, sinks)
+        self.ops = FusedOps(shape, sinks) if fused else EagerOps(shape, sinks)
 
     def _check(
         self, alibi_slopes: list[float] | None, attn_type: str, other: dict[str, Any]
@@ -106,13 +108,13 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
                 )
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
-        """Give the layer to vLLM's own backend if the settings keep it at 16 bits."""
-        keep_at_16_bits(self, act_dtype)
+        """Let the settings keep the layer at 16 bits or give it more bits."""
+        assign_layer(self, act_dtype)
 
     def _pages(self, kv_cache: Tensor) -> tuple[Tensor, KVFormat]:
         """View the cache [pages, heads, tokens, slot_bytes] as [pages, heads, record_bytes]."""
         pages = kv_cache.view(*kv_cache.shape[:2], -1)
-        return pages, page_format(self.head_size, kv_cache.shape[2])
+        return pages, page_format(self.head_size, kv_cache.shape[2], self.fine)
 
     def do_kv_cache_update(
         self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
@@ -148,7 +150,8 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
             raise TQError("TurboQuant attention writes no quantized output; disable that fusion")
         if attn_metadata is None:  # vLLM measures the memory that is needed
             page_size = self.vllm_config.cache_config.block_size
-            self.ops.reserve(page_format(self.head_size, page_size), query.dtype, query.device)
+            fmt = page_format(self.head_size, page_size, self.fine)
+            self.ops.reserve(fmt, query.dtype, query.device)
             return output.zero_()
         batch = attn_metadata
         pages, fmt = self._pages(kv_cache)

@@ -1,4 +1,7 @@
-"""Layers that the settings keep at 16 bits: they get vLLM's own backend."""
+"""Layers that the settings single out.
+
+Those kept at 16 bits get vLLM's own backend, those with more bits a backend of larger pages.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,13 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.selector import AttentionSelectorConfig
 
-from tq_vllm.settings import load_settings, skipped_layers
+from tq_vllm.backend import FineTurboQuantBackend
+from tq_vllm.settings import load_settings, named_layers
 
 if TYPE_CHECKING:
     from tq_vllm.impl import TurboQuantImpl
 
-__all__ = ["keep_at_16_bits"]
+__all__ = ["assign_layer"]
 
 
 def _own_layer(impl: TurboQuantImpl) -> tuple[str, Any]:
@@ -52,22 +56,33 @@ def _backend_of_vllm(head_size: int, dtype: torch.dtype, sink: bool, sliding: bo
     return found
 
 
-def keep_at_16_bits(impl: TurboQuantImpl, act_dtype: torch.dtype) -> None:
-    """Give the layer of ``impl`` vLLM's own backend if ``TQ_SKIP_LAYERS`` names it.
+def assign_layer(impl: TurboQuantImpl, act_dtype: torch.dtype) -> None:
+    """Give the layer of ``impl`` the backend that the settings name for it.
 
     Called after the weights are loaded and before vLLM asks layers for the sizes of their pages.
     """
-    kept = load_settings().layers_kept
-    if kept == "none":
+    settings = load_settings()
+    if settings.skip_layers == settings.layers_fine == "none":
         return
     config = impl.vllm_config
     name, layer = _own_layer(impl)
-    numbers, sliding = skipped_layers(kept, config.model_config.get_total_num_hidden_layers())
+    number, total = extract_layer_index(name), config.model_config.get_total_num_hidden_layers()
     windowed = impl.sliding_window is not None
-    if not (extract_layer_index(name) in numbers or (sliding and windowed)):
-        return
-    with set_current_vllm_config(config):
-        backend = _backend_of_vllm(impl.head_size, act_dtype, impl.ops.sinks is not None, windowed)
+
+    def named(text: str) -> bool:
+        numbers, sliding = named_layers(text, total)
+        return number in numbers or (sliding and windowed)
+
+    if named(settings.skip_layers):
+        _keep_at_16_bits(impl, layer, act_dtype)
+    elif named(settings.layers_fine):
+        impl.fine, layer.attn_backend = True, FineTurboQuantBackend
+
+
+def _keep_at_16_bits(impl: TurboQuantImpl, layer: Any, act_dtype: torch.dtype) -> None:
+    sinks, windowed = impl.ops.sinks is not None, impl.sliding_window is not None
+    with set_current_vllm_config(impl.vllm_config):
+        backend = _backend_of_vllm(impl.head_size, act_dtype, sinks, windowed)
         own = backend.get_impl_cls()(**impl.arguments)
     own.process_weights_after_loading(act_dtype)
     layer.attn_backend = backend

@@ -7,7 +7,6 @@ not depend on the length of the context.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -24,7 +23,7 @@ from tq_kernels import (
     store_ref,
 )
 
-__all__ = ["EagerOps", "FusedOps", "LayerOps", "LayerShape"]
+__all__ = ["EagerOps", "FusedOps", "LayerShape"]
 
 
 @dataclass(frozen=True)
@@ -62,8 +61,8 @@ class LayerShape:
         }
 
 
-class LayerOps(ABC):
-    """The operations of one layer.
+class EagerOps:
+    """Eager PyTorch, on any device.
 
     Attributes
     ----------
@@ -78,57 +77,8 @@ class LayerOps(ABC):
     def reserve(self, fmt: KVFormat, dtype: torch.dtype, device: torch.device) -> None:
         """Allocate all buffers, so that they are there when vLLM measures free memory."""
 
-    @abstractmethod
     def store(self, k: Tensor, v: Tensor, pages: Tensor, slots: Tensor, fmt: KVFormat) -> None:
         """Compress keys and values [tokens, kv_heads, head_dim] into their slots."""
-
-    @abstractmethod
-    def decode(
-        self,
-        q: Tensor,
-        pages: Tensor,
-        block_table: Tensor,
-        seq_lens: Tensor,
-        fmt: KVFormat,
-        out: Tensor,
-        cu_query_lens: Tensor | None,
-    ) -> None:
-        """Attention of the last few tokens of sequences on what is stored, into ``out``."""
-
-    @abstractmethod
-    def prefill(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        pages: Tensor,
-        block_table: Tensor,
-        cu_query_lens: Tensor,
-        context_lens: Tensor,
-        fmt: KVFormat,
-        out: Tensor,
-    ) -> None:
-        """Attention of new tokens on each other and on what was stored before, into ``out``."""
-
-    @abstractmethod
-    def prefill_stored(
-        self,
-        q: Tensor,
-        pages: Tensor,
-        block_table: Tensor,
-        cu_query_lens: Tensor,
-        context_lens: Tensor,
-        slots: Tensor,
-        fmt: KVFormat,
-        out: Tensor,
-    ) -> None:
-        """As ``prefill``, but new tokens see each other as they are stored in their slots."""
-
-
-class EagerOps(LayerOps):
-    """Eager PyTorch, on any device."""
-
-    def store(self, k: Tensor, v: Tensor, pages: Tensor, slots: Tensor, fmt: KVFormat) -> None:
         store_ref(k, v, pages, slots, fmt)
 
     def decode(
@@ -141,6 +91,7 @@ class EagerOps(LayerOps):
         out: Tensor,
         cu_query_lens: Tensor | None,
     ) -> None:
+        """Attention of the last few tokens of sequences on what is stored, into ``out``."""
         result, _ = decode_ref(
             q,
             pages,
@@ -165,6 +116,7 @@ class EagerOps(LayerOps):
         fmt: KVFormat,
         out: Tensor,
     ) -> None:
+        """Attention of new tokens on each other and on what was stored before, into ``out``."""
         result, _ = prefill_ref(
             q,
             k,
@@ -190,6 +142,7 @@ class EagerOps(LayerOps):
         fmt: KVFormat,
         out: Tensor,
     ) -> None:
+        """As ``prefill``, but new tokens see each other as they are stored in their slots."""
         seq_lens = context_lens + cu_query_lens[1:] - cu_query_lens[:-1]
         self.decode(q, pages, block_table, seq_lens, fmt, out, cu_query_lens)
 

@@ -93,7 +93,8 @@ def warn_of_padding(spec: Any) -> None:
         logger.warning_once(
             "vLLM pads pages of %d bytes of codes to %d, the size of other layers' pages, so less "
             "memory is saved than the format saves. It does so for models with sliding-window "
-            "layers some of whose layers are kept at 16 bits: set TQ_SKIP_LAYERS=none.",
+            "layers whose other layers differ in size: set TQ_SKIP_LAYERS=none and "
+            "TQ_FINE_LAYERS=none.",
             spec.unpadded_page_size_bytes,
             padded,
         )

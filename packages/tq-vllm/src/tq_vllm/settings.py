@@ -5,7 +5,9 @@
 ``TQ_K_BITS``        bits of a key coordinate: 2, 3, 4 or 8 (also ``TQ4_K_BITS``)
 ``TQ_V_BITS``        bits of a value coordinate (also ``TQ4_V_BITS``)
 ``TQ_SKIP_LAYERS``   layers kept at 16 bits, such as ``0,1,-2,-1``, ``0-3``, ``sliding``
-                     (all layers with a sliding window) or ``none``
+                     (all layers with a sliding window) or ``none`` (default)
+``TQ_FINE_LAYERS``   layers whose keys get 8 bits and values 4, named likewise; the
+                     presets of 3 bits and below do so for the first and last two
 ``TQ_PREFILL``       ``exact`` (default): new tokens see each other at 16 bits;
                      ``stored``: as they are stored, so that chunking the prompt and
                      cached prefixes change no result
@@ -34,7 +36,15 @@ from pydantic import AliasChoices, Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from tq_core import TQError
 
-__all__ = ["PRESETS", "Preset", "Settings", "asked_for", "load_settings", "skipped_layers"]
+__all__ = [
+    "FINE_BITS",
+    "PRESETS",
+    "Preset",
+    "Settings",
+    "asked_for",
+    "load_settings",
+    "named_layers",
+]
 
 PresetName = Literal["k8v4", "k4v4", "k4v3", "k3v3", "k2v2"]
 Bits = Literal[2, 3, 4, 8]
@@ -42,21 +52,24 @@ Bits = Literal[2, 3, 4, 8]
 
 @dataclass(frozen=True)
 class Preset:
-    """Bits of keys and values, and layers kept at 16 bits.
+    """Bits of keys and values, and layers that get more.
 
     Attributes
     ----------
     k_bits, v_bits : int
-    skip_layers : str
-        As ``TQ_SKIP_LAYERS``.
+    fine_layers : str
+        As ``TQ_FINE_LAYERS``.
     """
 
     k_bits: int
     v_bits: int
-    skip_layers: str = "none"
+    fine_layers: str = "none"
 
 
-#: At 3 bits and below the first and last two layers stay at 16 bits: they lose most.
+#: Bits of keys and values in layers that get more.
+FINE_BITS = (8, 4)
+
+#: At 3 bits and below the first and last two layers get more: they lose most.
 PRESETS: dict[PresetName, Preset] = {
     "k8v4": Preset(8, 4),
     "k4v4": Preset(4, 4),
@@ -83,7 +96,8 @@ class Settings(BaseSettings):
     v_bits: Bits | None = Field(
         default=None, validation_alias=AliasChoices("TQ_V_BITS", "TQ4_V_BITS")
     )
-    skip_layers: str | None = None
+    skip_layers: str = "none"
+    fine_layers: str | None = None
     prefill: Literal["exact", "stored"] = "exact"
     seed: int = Field(default=0, ge=0, lt=2**64)
     rotation: Literal["hadamard", "haar"] = "hadamard"
@@ -95,7 +109,7 @@ class Settings(BaseSettings):
     def _number(cls, value: Any) -> Any:
         return int(value) if isinstance(value, str) and value.strip().isdecimal() else value
 
-    @field_validator("skip_layers")
+    @field_validator("skip_layers", "fine_layers")
     @classmethod
     def _layers(cls, value: str | None) -> str | None:
         if value is not None:
@@ -113,16 +127,16 @@ class Settings(BaseSettings):
         return PRESETS[self.preset].v_bits if self.v_bits is None else self.v_bits
 
     @property
-    def layers_kept(self) -> str:
-        """Layers kept at 16 bits, as ``TQ_SKIP_LAYERS``.
+    def layers_fine(self) -> str:
+        """Layers that get more bits, as ``TQ_FINE_LAYERS``.
 
         The preset's own layers hold only for the preset's own bits.
         """
-        if self.skip_layers is not None:
-            return self.skip_layers
+        if self.fine_layers is not None:
+            return self.fine_layers
         preset = PRESETS[self.preset]
         same = (self.key_bits, self.value_bits) == (preset.k_bits, preset.v_bits)
-        return preset.skip_layers if same else "none"
+        return preset.fine_layers if same else "none"
 
 
 def _names() -> list[str]:
@@ -205,8 +219,8 @@ def _parse_layers(text: str) -> tuple[list[tuple[int, int]], bool]:
     return ranges, sliding
 
 
-def skipped_layers(text: str, num_layers: int) -> tuple[frozenset[int], bool]:
-    """Layers that ``TQ_SKIP_LAYERS`` names.
+def named_layers(text: str, num_layers: int) -> tuple[frozenset[int], bool]:
+    """Layers that ``TQ_SKIP_LAYERS`` or ``TQ_FINE_LAYERS`` names.
 
     Parameters
     ----------
@@ -232,7 +246,8 @@ def skipped_layers(text: str, num_layers: int) -> tuple[frozenset[int], bool]:
     for first, last in ranges:
         if not (-num_layers <= first and last < num_layers):
             raise TQError(
-                f"TQ_SKIP_LAYERS={text!r}: the model has layers 0 to {num_layers - 1}; name those"
+                f"{text!r} names layers that are not there: the model has layers 0 to "
+                f"{num_layers - 1}; correct TQ_SKIP_LAYERS or TQ_FINE_LAYERS"
             )
         layers.update(n % num_layers for n in range(first, last + 1))
     return frozenset(layers), sliding

@@ -128,7 +128,12 @@ class Reference:
     """Greedy generation with transformers, keys and values rounded as pages round them."""
 
     def __init__(
-        self, model: Path, fmt: Any, exact: bool = False, kept: Sequence[int] = ()
+        self,
+        model: Path,
+        fmt: Any,
+        exact: bool = False,
+        kept: Sequence[int] = (),
+        formats: dict[int, Any] | None = None,
     ) -> None:
         import torch
         from tq_kernels import decode_tokens, encode_tokens
@@ -138,8 +143,9 @@ class Reference:
             def update(self, key_states, value_states, layer_idx, *args, **kwargs):
                 if layer_idx in kept:
                     return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-                k = decode_tokens(encode_tokens(key_states, fmt, "k"), fmt, "k")
-                v = decode_tokens(encode_tokens(value_states, fmt, "v"), fmt, "v")
+                own = (formats or {}).get(layer_idx, fmt)
+                k = decode_tokens(encode_tokens(key_states, own, "k"), own, "k")
+                v = decode_tokens(encode_tokens(value_states, own, "v"), own, "v")
                 seen = super().update(k, v, layer_idx, *args, **kwargs)
                 return (key_states, value_states) if exact and k.shape[2] > 1 else seen
 

@@ -69,7 +69,7 @@ def test_half_precision_activations(start, reference, decide, tiny):
 
 def test_layers_kept_at_16_bits_are_vllms_own(start, reference, decide, tiny):
     case = decide(reference(tiny, KVFormat(128, 3, 3), exact=True, kept=(0, 1, 5)), LENGTHS, NEW)
-    settings = {"TQ_PRESET": "k3v3", "TQ_SKIP_LAYERS": "0,1,-1"}
+    settings = {"TQ_PRESET": "k3v3", "TQ_SKIP_LAYERS": "0,1,-1", "TQ_FINE_LAYERS": "none"}
     with start(tiny, settings, block_size=32) as engine:
         names = [type(layer.impl).__name__ for layer in engine.layers.values()]
         own, ours = "CPUAttentionBackendImpl", "TurboQuantImpl"
@@ -77,6 +77,18 @@ def test_layers_kept_at_16_bits_are_vllms_own(start, reference, decide, tiny):
         check(engine, case)
         bytes_a_token = 2 * (3 * 100 + 3 * 1024)  # vLLM's layers hold float32 here
         assert engine.capacity == (8 << 20) // (bytes_a_token * 32) * 32
+
+
+def test_layers_with_more_bits(start, reference, decide, tiny):
+    fine = KVFormat(128, 8, 4)
+    generate = reference(tiny, KVFormat(128, 2, 2), exact=True, formats={0: fine, 1: fine, 5: fine})
+    case = decide(generate, LENGTHS, NEW)
+    settings = {"TQ_PRESET": "k2v2", "TQ_FINE_LAYERS": "0,1,-1"}
+    with start(tiny, settings) as engine:
+        slots = [layer.kv_cache.shape[-1] for layer in engine.layers.values()]
+        assert slots == [196, 196, 68, 68, 68, 196]
+        assert engine.capacity == (8 << 20) // (2 * 16 * sum(slots)) * 16
+        check(engine, case)
 
 
 @pytest.fixture(scope="module")

@@ -157,13 +157,15 @@ def test_an_engine_with_other_settings_refuses_to_start(start, tiny) -> None:
 def test_the_log_tells_the_bytes_that_are_allocated(start, tiny, caplog_vllm) -> None:
     from tq_vllm.report import cache_bytes
 
-    with start(tiny, {"TQ_PRESET": "k3v3"}, block_size=32, dtype="bfloat16") as engine:
+    with start(
+        tiny, {"TQ_PRESET": "k3v3", "TQ_SKIP_LAYERS": "2"}, block_size=32, dtype="bfloat16"
+    ) as engine:
         sizes = cache_bytes(engine.config)
         pages = engine.config.cache_config.num_gpu_blocks
-        assert sizes.token == (2 * 100 + 4 * 512) * 2
+        assert sizes.token == (100 + 4 * 196 + 512) * 2
         assert pages == (8 << 20) // int(32 * sizes.token)
-        assert (sizes.slots, sizes.layers, sizes.compressed) == ((100,), 6, 2)
+        assert (sizes.slots, sizes.layers, sizes.compressed) == ((100, 196), 6, 5)
     (line,) = {r.getMessage() for r in caplog_vllm.records if "TurboQuant KV" in r.getMessage()}
-    assert "keys 3 bits, values 3 bits" in line and "2 of 6 layers" in line
+    assert "keys 3 bits, values 3 bits" in line and "5 of 6 layers" in line
     assert f"{sizes.token:.0f} bytes a token against {512 * 2 * 6}" in line
     assert f"({512 * 2 * 6 / sizes.token:.2f}x smaller)" in line
