@@ -284,3 +284,23 @@ def test_other_types(dtype: torch.dtype, name: str) -> None:
     # The reference rounds the decoded tokens to this type; both lie near the exact numbers.
     tolerance = {torch.bfloat16: 0.3, torch.float16: 0.05}[dtype]
     assert (ours - theirs).abs().max() < tolerance
+
+
+def test_update_under_compile(trained: Any) -> None:
+    """The update leaves the graph and returns plain tensors there."""
+    model = trained[0]
+    model.set_attn_implementation("sdpa")
+    caches = [TurboQuantCache(model.config, window_tokens=0) for _ in range(2)]
+    x = torch.randn(1, 2, 100, 128, dtype=torch.float64)
+
+    def step(cache: Any, states: Tensor) -> Tensor:
+        keys, values = cache.update(states, states, 0)
+        return keys * 2 + values
+
+    compiled = torch.compile(step, backend="eager", dynamic=True)
+    for start, stop in ((0, 64), (64, 65), (65, 100)):
+        part = x[:, :, start:stop]
+        assert torch.equal(compiled(caches[0], part), step(caches[1], part))
+    strict = torch.compile(step, backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match="disable"):
+        strict(caches[0], x)

@@ -195,7 +195,7 @@ WRITES = {
     "setitem": lambda k: k.__setitem__((0, 0), 1.0),
     "masked": lambda k: k.masked_fill_(torch.ones(57, 1, dtype=torch.bool), 0),
     "copy_": lambda k: k.copy_(torch.zeros(2, 2, 57, 32)),
-    "out": lambda k: torch.add(torch.ones_like(k.decoded()), 1, out=k),
+    "out": lambda k: torch.add(torch.ones(k.shape), 1, out=k),
     "zero_": lambda k: torch.zero_(k),
     "add inplace": lambda k: k.__iadd__(1),
 }

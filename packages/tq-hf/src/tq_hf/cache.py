@@ -20,6 +20,7 @@ from tq_hf.layer import CompressedLayer, LayerOptions
 from tq_hf.memory import MemoryUsage, measure_memory
 from tq_hf.model_layers import ModelLayer, leaves_shared_states, model_layers, text_config
 from tq_hf.shared_states import SharedStates
+from tq_hf.stand_in import decoded
 from tq_hf.storage import read_options, restore, store
 
 __all__ = ["TurboQuantCache"]
@@ -165,6 +166,23 @@ class TurboQuantCache(Cache):
         found = find_preset(preset)
         names = ("k_bits", "v_bits", "sink_tokens", "window_tokens", "skip_layers")
         return cls(config, **{name: getattr(found, name) for name in names} | options)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Add tokens to a layer; see `CompressedLayer.update`.
+
+        Under ``torch.compile`` it runs outside of the graph and returns decoded tensors.
+        """
+        if torch.compiler.is_compiling():
+            pair = self._update_decoded(key_states, value_states, layer_idx, *args, **kwargs)
+            return pair[0], pair[1]
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _update_decoded(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        keys, values = super().update(*args, **kwargs)
+        return decoded(keys), decoded(values)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens of every layer; see `CompressedLayer.crop`.

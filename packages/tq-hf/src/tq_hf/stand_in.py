@@ -18,7 +18,7 @@ from tq_core import TQError
 
 from tq_hf.snapshot import Snapshot
 
-__all__ = ["StandIn", "snapshot_of", "stand_ins"]
+__all__ = ["StandIn", "decoded", "snapshot_of", "stand_ins"]
 
 
 _WRITTEN = (
@@ -72,10 +72,6 @@ class StandIn(Tensor):
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"StandIn(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
 
-    def decoded(self) -> Tensor:
-        """The tensor that this stands for."""
-        return self.source.dense()
-
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -101,16 +97,21 @@ class StandIn(Tensor):
             ] + [v for k, v in (kwargs or {}).items() if k == "out"]
             if any(isinstance(value, StandIn) for value in written):
                 raise TQError(_WRITTEN.format(func))
-        decoded: dict[int, Tensor] = {}
+        made: dict[int, Tensor] = {}
 
         def plain(x: Any) -> Any:
             if not isinstance(x, StandIn):
                 return x
-            if id(x) not in decoded:
-                decoded[id(x)] = x.decoded()
-            return decoded[id(x)]
+            if id(x) not in made:
+                made[id(x)] = decoded(x)
+            return made[id(x)]
 
         return func(*tree_map(plain, args), **tree_map(plain, kwargs or {}))
+
+
+def decoded(x: Tensor) -> Tensor:
+    """The tensor that a stand-in stands for; any other tensor as it is."""
+    return x.source.dense() if isinstance(x, StandIn) else x
 
 
 def stand_ins(snapshot: Snapshot) -> tuple[StandIn, StandIn]:
@@ -135,7 +136,7 @@ def snapshot_of(key: Tensor, value: Tensor) -> Snapshot:
             "keys and values come from different updates of the cache; pass the pair that one "
             "update returned"
         )
-    keys, values = (x.decoded() if isinstance(x, StandIn) else x for x in (key, value))
+    keys, values = (decoded(x) for x in (key, value))
     return Snapshot.of_dense(keys, values)
 
 
