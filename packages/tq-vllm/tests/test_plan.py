@@ -39,23 +39,16 @@ def test_a_llama_of_8b() -> None:
     shape = ModelShape.from_config(LLAMA)
     assert (shape.kv_heads, shape.head_dim, len(shape.layers)) == (8, 128, 32)
     found = {f.name: capacity(shape, f, 16 * GIB, 8192) for f in formats()}
-    slots = {
-        "bf16": 512,
-        "fp8": 256,
-        "k8v4": 196,
-        "k4v4": 132,
-        "k4v3": 116,
-        "k3v3": 100,
-        "k2v2": 68,
-    }
+    slots = {"bf16": 512, "fp8": 256, "tq8": 260, "tq8v4": 196, "tq4": 132, "tq4v3": 116}
+    slots |= {"tq3": 100, "tq3v2": 84, "tq2": 68}
     assert {name: c.slot_bytes for name, c in found.items()} == slots
-    for name in ("bf16", "fp8", "k8v4", "k4v4", "k4v3"):
+    for name in ("bf16", "fp8", "tq8", "tq8v4", "tq4", "tq4v3"):
         token = slots[name] * 8 * 32
         assert found[name].token_bytes == token
         assert found[name].requests == 16 * GIB // (token * 8192)
         assert found[name].longest == min(131072, 16 * GIB // token)
         assert found[name].ratio == pytest.approx(512 / slots[name])
-    for name in ("k3v3", "k2v2"):  # four layers with 8-bit keys and 4-bit values
+    for name in ("tq3", "tq3v2", "tq2"):  # four layers with 8-bit keys and 4-bit values
         assert found[name].token_bytes == (28 * slots[name] + 4 * 196) * 8
 
 
@@ -113,7 +106,7 @@ def test_sizes() -> None:
 def test_table(llama: Path) -> None:
     out = run(str(llama), "--gpu-memory", "80GiB", "--weights", "16GB")
     assert out.exit_code == 0
-    for name in ("bf16", "fp8", "k8v4", "k4v4", "k3v3", "k2v2"):
+    for name in ("bf16", "fp8", "tq8v4", "tq4", "tq3", "tq2"):
         assert name in out.output
 
 

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tq_core import TQError
-from tq_vllm.settings import PRESETS, asked_for, load_settings, named_layers
+from tq_kernels.presets import PRESETS
+from tq_vllm.settings import asked_for, load_settings, named_layers
 
 
 def test_import_loads_no_framework() -> None:
@@ -28,11 +29,15 @@ def test_defaults() -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setenv("TQ_PRESET", name)
+    preset = PRESETS[name]
+    assert preset.skip_layers == ()  # the backend takes none from presets
+    monkeypatch.setenv("TQ_PRESET", f" {name.upper()}")
     settings = load_settings()
-    assert f"k{settings.key_bits}v{settings.value_bits}" == name
-    low = min(settings.key_bits, settings.value_bits) <= 3 and name != "k4v3"
-    assert settings.layers_fine == ("0,1,-2,-1" if low else "none")
+    assert (settings.preset, settings.key_bits) == (name, preset.k_bits)
+    assert settings.value_bits == preset.v_bits
+    assert settings.layers_fine == ("0,1,-2,-1" if preset.k_bits <= 3 else "none")
+    monkeypatch.setenv("TQ_PRESET", f"k{preset.k_bits}v{preset.v_bits}")
+    assert load_settings().preset == name
 
 
 def test_bits_override_the_preset_and_its_layers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,7 +66,7 @@ def test_names_of_the_seed_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None
     [
         ("TQ_K_BITS", "5", "TQ_K_BITS=5: .*2, 3, 4 or 8"),
         ("TQ4_V_BITS", "four", "TQ4_V_BITS='four'"),
-        ("TQ_PRESET", "k4", "TQ_PRESET='k4': .*k4v4"),
+        ("TQ_PRESET", "k4", "TQ_PRESET='k4': .*choose one of .*tq4"),
         ("TQ_PREFILL", "fast", "TQ_PREFILL='fast': .*'exact' or 'stored'"),
         ("TQ_SEED", "-1", "TQ_SEED='-1'"),
         ("TQ_ROTATION", "none", "TQ_ROTATION='none'"),

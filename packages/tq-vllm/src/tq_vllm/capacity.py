@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from tq_core import PageLayout, TQError
+from tq_kernels.presets import PRESETS
 
-from tq_vllm.settings import FINE_BITS, PRESETS, named_layers
+from tq_vllm.settings import EDGES, FINE_BITS, named_layers
 
 __all__ = ["CacheFormat", "ModelShape", "capacity", "formats", "read_config"]
 
@@ -129,7 +130,7 @@ def formats(
                 preset.k_bits,
                 preset.v_bits,
                 skip_layers,
-                preset.fine_layers if fine_layers is None else fine_layers,
+                (EDGES if preset.k_bits <= 3 else "none") if fine_layers is None else fine_layers,
             )
             for name, preset in PRESETS.items()
         ]

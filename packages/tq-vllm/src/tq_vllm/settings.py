@@ -1,7 +1,7 @@
 """Settings of the backend, from the environment.
 
 ===================  ===============================================================
-``TQ_PRESET``        ``k8v4``, ``k4v4`` (default), ``k4v3``, ``k3v3`` or ``k2v2``
+``TQ_PRESET``        ``tq4`` (default) or another name of :mod:`tq_kernels.presets`
 ``TQ_K_BITS``        bits of a key coordinate: 2, 3, 4 or 8 (also ``TQ4_K_BITS``)
 ``TQ_V_BITS``        bits of a value coordinate (also ``TQ4_V_BITS``)
 ``TQ_SKIP_LAYERS``   layers kept at 16 bits, such as ``0,1,-2,-1``, ``0-3``, ``sliding``
@@ -28,55 +28,33 @@ import difflib
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import AliasChoices, Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from tq_core import TQError
 
+if TYPE_CHECKING:
+    from tq_kernels.presets import Preset
+
 __all__ = [
+    "EDGES",
     "FINE_BITS",
-    "PRESETS",
-    "Preset",
     "Settings",
     "asked_for",
     "load_settings",
     "named_layers",
 ]
 
-PresetName = Literal["k8v4", "k4v4", "k4v3", "k3v3", "k2v2"]
 Bits = Literal[2, 3, 4, 8]
-
-
-@dataclass(frozen=True)
-class Preset:
-    """Bits of keys and values, and layers that get more.
-
-    Attributes
-    ----------
-    k_bits, v_bits : int
-    fine_layers : str
-        As ``TQ_FINE_LAYERS``.
-    """
-
-    k_bits: int
-    v_bits: int
-    fine_layers: str = "none"
 
 
 #: Bits of keys and values in layers that get more.
 FINE_BITS = (8, 4)
 
-#: At 3 bits and below the first and last two layers get more: they lose most.
-PRESETS: dict[PresetName, Preset] = {
-    "k8v4": Preset(8, 4),
-    "k4v4": Preset(4, 4),
-    "k4v3": Preset(4, 3),
-    "k3v3": Preset(3, 3, "0,1,-2,-1"),
-    "k2v2": Preset(2, 2, "0,1,-2,-1"),
-}
+#: Layers that get more where a preset's keys have 3 bits or less: they lose most.
+EDGES = "0,1,-2,-1"
 
 _PREFIXES = ("TQ_", "TQ4_")
 #: Variables of the packages below.
@@ -84,12 +62,18 @@ _OTHERS = ("TQ_KERNELS_", "TQ_HF_", "TQ_CORE_")
 _LAYERS = re.compile(r"(-?\d+)(?:-(\d+))?")
 
 
+def _find_preset(name: str) -> Preset:
+    from tq_kernels.presets import find_preset  # loads torch, which an import must not
+
+    return find_preset(name)
+
+
 class Settings(BaseSettings):
     """Settings of the backend; see the module for the variables."""
 
     model_config = SettingsConfigDict(env_prefix="TQ_", env_ignore_empty=True, frozen=True)
 
-    preset: PresetName = "k4v4"
+    preset: str = "tq4"
     k_bits: Bits | None = Field(
         default=None, validation_alias=AliasChoices("TQ_K_BITS", "TQ4_K_BITS")
     )
@@ -109,6 +93,11 @@ class Settings(BaseSettings):
     def _number(cls, value: Any) -> Any:
         return int(value) if isinstance(value, str) and value.strip().isdecimal() else value
 
+    @field_validator("preset")
+    @classmethod
+    def _preset(cls, value: str) -> str:
+        return _find_preset(value).name
+
     @field_validator("skip_layers", "fine_layers")
     @classmethod
     def _layers(cls, value: str | None) -> str | None:
@@ -119,24 +108,24 @@ class Settings(BaseSettings):
     @property
     def key_bits(self) -> int:
         """Bits of a key coordinate."""
-        return PRESETS[self.preset].k_bits if self.k_bits is None else self.k_bits
+        return _find_preset(self.preset).k_bits if self.k_bits is None else self.k_bits
 
     @property
     def value_bits(self) -> int:
         """Bits of a value coordinate."""
-        return PRESETS[self.preset].v_bits if self.v_bits is None else self.v_bits
+        return _find_preset(self.preset).v_bits if self.v_bits is None else self.v_bits
 
     @property
     def layers_fine(self) -> str:
         """Layers that get more bits, as ``TQ_FINE_LAYERS``.
 
-        The preset's own layers hold only for the preset's own bits.
+        Those of a preset of few bits are for the preset's own bits only.
         """
         if self.fine_layers is not None:
             return self.fine_layers
-        preset = PRESETS[self.preset]
+        preset = _find_preset(self.preset)
         same = (self.key_bits, self.value_bits) == (preset.k_bits, preset.v_bits)
-        return preset.fine_layers if same else "none"
+        return EDGES if same and preset.k_bits <= 3 else "none"
 
 
 def _names() -> list[str]:

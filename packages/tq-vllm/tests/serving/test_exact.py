@@ -53,7 +53,7 @@ def test_the_capacity_vllm_reports_grows_by_the_ratio_of_the_format(start, tiny)
         assert {type(i.impl).__name__ for i in engine.layers.values()} == {
             "CPUAttentionBackendImpl"
         }
-    with start(tiny, {"TQ_PRESET": "k4v4"}, **options) as engine:
+    with start(tiny, {"TQ_PRESET": "tq4"}, **options) as engine:
         ours = engine.capacity
         assert engine.tokens([[5, 6, 7]], 2)
     assert plain == memory // (512 * 2 * 6 * 32) * 32
@@ -69,7 +69,7 @@ def test_half_precision_activations(start, reference, decide, tiny):
 
 def test_layers_kept_at_16_bits_are_vllms_own(start, reference, decide, tiny):
     case = decide(reference(tiny, KVFormat(128, 3, 3), exact=True, kept=(0, 1, 5)), LENGTHS, NEW)
-    settings = {"TQ_PRESET": "k3v3", "TQ_SKIP_LAYERS": "0,1,-1", "TQ_FINE_LAYERS": "none"}
+    settings = {"TQ_PRESET": "tq3", "TQ_SKIP_LAYERS": "0,1,-1", "TQ_FINE_LAYERS": "none"}
     with start(tiny, settings, block_size=32) as engine:
         names = [type(layer.impl).__name__ for layer in engine.layers.values()]
         own, ours = "CPUAttentionBackendImpl", "TurboQuantImpl"
@@ -83,7 +83,7 @@ def test_layers_with_more_bits(start, reference, decide, tiny):
     fine = KVFormat(128, 8, 4)
     generate = reference(tiny, KVFormat(128, 2, 2), exact=True, formats={0: fine, 1: fine, 5: fine})
     case = decide(generate, LENGTHS, NEW)
-    settings = {"TQ_PRESET": "k2v2", "TQ_FINE_LAYERS": "0,1,-1"}
+    settings = {"TQ_PRESET": "tq2", "TQ_FINE_LAYERS": "0,1,-1"}
     with start(tiny, settings) as engine:
         slots = [layer.kv_cache.shape[-1] for layer in engine.layers.values()]
         assert slots == [196, 196, 68, 68, 68, 196]
@@ -115,7 +115,7 @@ def test_sliding_window_layers_beside_full_ones(start, reference, decide, window
         windowed[1], KVFormat(128, 4, 4), exact=True, kept=sliding if kept == "sliding" else ()
     )
     case = decide(generate, LENGTHS, NEW)
-    settings = {"TQ_PRESET": "k4v4", "TQ_SKIP_LAYERS": kept}
+    settings = {"TQ_PRESET": "tq4", "TQ_SKIP_LAYERS": kept}
     with start(windowed[0], settings, block_size=32) as engine:
         windows = [layer.impl.sliding_window for layer in engine.layers.values()]
         assert [w in (None, -1) for w in windows] == [n not in sliding for n in range(6)]

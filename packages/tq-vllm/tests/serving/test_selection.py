@@ -26,7 +26,7 @@ def test_installing_changes_nothing_unless_asked(registry, monkeypatch) -> None:
     register()
     assert custom.get_path() == BACKEND  # what --attention-backend CUSTOM asks for
     assert not cpu.is_overridden()
-    monkeypatch.setenv("TQ_PRESET", "k4v4")
+    monkeypatch.setenv("TQ_PRESET", "tq4")
     monkeypatch.setenv("TQ_CPU", "0")
     register()
     assert not cpu.is_overridden()
@@ -149,7 +149,7 @@ def test_specifications_of_other_layers_are_refused() -> None:
 def test_an_engine_with_other_settings_refuses_to_start(start, tiny) -> None:
     with (
         pytest.raises(TQError, match="layers 0 to 5"),
-        start(tiny, {"TQ_PRESET": "k4v4", "TQ_SKIP_LAYERS": "6"}),
+        start(tiny, {"TQ_PRESET": "tq4", "TQ_SKIP_LAYERS": "6"}),
     ):
         pass
 
@@ -158,7 +158,7 @@ def test_the_log_tells_the_bytes_that_are_allocated(start, tiny, caplog_vllm) ->
     from tq_vllm.report import cache_bytes
 
     with start(
-        tiny, {"TQ_PRESET": "k3v3", "TQ_SKIP_LAYERS": "2"}, block_size=32, dtype="bfloat16"
+        tiny, {"TQ_PRESET": "tq3", "TQ_SKIP_LAYERS": "2"}, block_size=32, dtype="bfloat16"
     ) as engine:
         sizes = cache_bytes(engine.config)
         pages = engine.config.cache_config.num_gpu_blocks

@@ -51,7 +51,7 @@ def server(tiny, tmp_path_factory):
         "--max-num-seqs", "8", "--kv-cache-memory-bytes", str(8 << 20),
     ]  # fmt: skip
     env = {n: v for n, v in os.environ.items() if not n.startswith(("TQ_", "TQ4_"))}
-    env |= {"TQ_PRESET": "k4v4", "TQ_PREFILL": "stored", "VLLM_LOGGING_LEVEL": "INFO"}
+    env |= {"TQ_PRESET": "tq4", "TQ_PREFILL": "stored", "VLLM_LOGGING_LEVEL": "INFO"}
     with (
         log.open("w") as sink,
         subprocess.Popen(command, env=env, stdout=sink, stderr=subprocess.STDOUT) as process,
