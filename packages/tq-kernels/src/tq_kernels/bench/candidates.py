@@ -31,6 +31,8 @@ __all__ = [
 
 
 Call = Callable[[], object]
+#: The way of calling that no CUDA graph captures.
+LAUNCHED = "launched"
 
 
 def distance(found: Tensor, expected: Tensor) -> float:
@@ -66,8 +68,6 @@ class Prepared:
 
     ways: dict[str, Sequence[Call]]
     check: Callable[[Call], dict[str, float]]
-    #: Whether a CUDA graph can capture the calls.
-    captured: bool = True
 
 
 class Candidate:
@@ -184,18 +184,20 @@ class TurboQuant(Candidate):
         """See :class:`Candidate`."""
         q, k, v, block_tables, bounds, stored = prefill_inputs(shape, copies, self.device)
         pages = self._pages(shape, copies * block_tables[0].shape[1])
-        fmt, results = shape.fmt, [q]
-        prefill = getattr(tq_kernels, "prefill", None)
-        if prefill is None:
-            raise TQError("this version of tq-kernels has no prefill kernel; leave the section out")
+        fmt, out = shape.fmt, torch.full_like(q, float("nan"))
+        lse = torch.full(q.shape[:2], float("nan"), device=self.device)
+        plan_type = getattr(tq_kernels, "PrefillPlan", None)
+        if plan_type is None:
+            raise TQError("this version of tq-kernels has no PrefillPlan; leave the section out")
+        plan = plan_type(fmt, shape.heads, shape.kv_heads, 1, shape.tokens, q.dtype, self.device)
+        host = {"query_lens_host": [shape.tokens], "context_lens_host": [shape.context]}
 
         def call(table: Tensor) -> Call:
-            def run() -> None:
-                results[0], _ = prefill(q, k, v, pages, table, bounds, stored, fmt)
-
-            return run
+            return lambda: plan.run(q, k, v, pages, table, bounds, stored, out, lse, **host)
 
         def check(call: Call) -> dict[str, float]:
+            out.fill_(float("nan"))
+            lse.fill_(float("nan"))
             call()
             at = torch.arange(shape.context, device=self.device)
             page = block_tables[-1][0].long()[at // shape.page_size]
@@ -206,9 +208,13 @@ class TurboQuant(Candidate):
             )
             few = min(64, shape.tokens)
             first = shape.context + shape.tokens - few
-            return {"error": distance(results[0][-few:], exact(q[-few:], keys, values, first))}
+            return {
+                "error": distance(out[-few:], exact(q[-few:], keys, values, first)),
+                "finite": float(bool(out.isfinite().all() and lse.isfinite().all())),
+            }
 
-        return Prepared({"": [call(table) for table in block_tables]}, check, captured=False)
+        calls = [call(table) for table in block_tables]
+        return Prepared({LAUNCHED: calls, "in a graph": calls}, check)
 
     def store(self, shape: Store, copies: int) -> Prepared:
         """See :class:`Candidate`."""
