@@ -22,9 +22,14 @@ __all__ = ["NvidiaDecodePlan", "aot_variants", "unsupported"]
 LOG2E = 1.4426950408889634
 
 #: Numbers of a query block (4 rows x head_dim) that a warp holds at most without spilling.
-MOST_BLOCKS = {64: 4, 128: 2, 256: 1}
-#: Warps that a multiprocessor runs at once, by head_dim x blocks: one wave of programs.
-WARPS_PER_SM = {64: 15, 128: 12, 256: 8}
+MOST_BLOCKS = {64: 2, 128: 2, 256: 1}
+#: Warps that a multiprocessor runs at once, by head_dim and query blocks: one wave of programs,
+#: the same number for each of its four schedulers.
+WARPS_PER_SM = {(64, 1): 16, (64, 2): 12, (128, 1): 16, (128, 2): 8, (256, 1): 8}
+#: Registers a lane that let so many run.
+REGISTERS = {16: 128, 12: 168, 8: 255}
+#: Bytes of stack that 128 registers may cost: on an H200 more warps pay for a few spilled words.
+SPILLS = 32
 #: Query rows that one combining program merges, where there are many.
 MERGED_ROWS = 16
 
@@ -38,6 +43,8 @@ def unsupported(spec: AttentionSpec) -> str | None:
         return f"compute capability {capability[0]}.{capability[1]} is below 8.0"
     if spec.fmt.head_dim not in MOST_BLOCKS:
         return f"head_dim {spec.fmt.head_dim} is none of {', '.join(map(str, MOST_BLOCKS))}"
+    if spec.fmt.head_dim == 256 and spec.fmt.k_bits == spec.fmt.v_bits == 8:
+        return "8-bit keys and values of head_dim 256 do not fit the registers"
     if spec.dtype == torch.float32:
         return "float32 queries keep 16 bits in this kernel"
     return None
@@ -98,7 +105,6 @@ def partials_constants(spec: AttentionSpec, blocks: int, batch_block: int) -> di
         "BATCH_BLOCK": batch_block,
         "WINDOW": spec.sliding_window is not None,
         "CAP": spec.soft_cap is not None,
-        "LATE": fmt.head_dim * blocks >= 256,
     }
 
 
@@ -128,7 +134,8 @@ class NvidiaDecodePlan:
         # Programmatic dependent launch hides the gaps between the three kernels.
         self._overlap = torch.cuda.get_device_capability(device) >= (9, 0)
         sms = torch.cuda.get_device_properties(device).multi_processor_count
-        self.programs = sms * WARPS_PER_SM[fmt.head_dim * self.blocks]
+        warps = WARPS_PER_SM[fmt.head_dim, self.blocks]
+        self.programs, self._registers = sms * warps, REGISTERS[warps]
         keys, values = codebook_of(fmt, "k"), codebook_of(fmt, "v")
         self._k_table, self._v_table = _table(keys), _table(values)
         self._k_center, self._v_center = _center(keys), _center(values)
@@ -197,7 +204,7 @@ class NvidiaDecodePlan:
             batch, spec.kv_heads, self.chunks, spec.group, self.programs,
             pages.stride(0), pages.stride(1), block_table.stride(0),
             **partials_constants(spec, self.blocks, batch_block),
-            PDL=self._overlap, num_warps=1, **after,
+            PDL=self._overlap, num_warps=1, maxnreg=self._registers, **after,
         )  # fmt: skip
         one_row = self.programs >= 8 * pairs
         combine_partials[(rows if one_row else triton.cdiv(rows, MERGED_ROWS),)](
@@ -216,9 +223,9 @@ class NvidiaDecodePlan:
 _CASES = (
     *((128, k, v, 4, False) for k, v in ((4, 4), (4, 3), (3, 3), (2, 2), (8, 4))),
     *((dim, 4, 4, 4, True) for dim in (64, 128, 256)),
-    (64, 3, 3, 16, False),
+    (64, 3, 3, 8, False),
     (128, 4, 4, 8, False),
-    (256, 8, 8, 4, False),
+    (256, 8, 4, 4, False),
 )
 
 
@@ -252,6 +259,8 @@ def aot_variants() -> list[Variant]:
                     },
                     constexprs={**partials_constants(spec, blocks, 32), "PDL": overlap},
                     num_warps=1,
+                    maxnreg=REGISTERS[WARPS_PER_SM[dim, blocks]],
+                    spills=SPILLS,
                     aligned=strides[:2],
                     targets=targets,
                     quick=(dim, k_bits, v_bits, options) == (128, 4, 4, False) and rows == 4,

@@ -447,7 +447,6 @@ def decode_partials(
     BATCH_BLOCK: tl.constexpr,
     WINDOW: tl.constexpr,
     CAP: tl.constexpr,
-    LATE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Partial attention of every (program, pair) that meet; see the module's description.
@@ -517,25 +516,11 @@ def decode_partials(
         keys, k_scales = _load_tile_keys(
             head, table, first, last_page, lane_g, lane_t, page_stride, K_BITS, V_BITS, D, PAGE
         )
-        if not LATE:
-            values, v_scales = _load_tile_values(
-                head, table, first, last_page, lane_g, lane_t, page_stride, K_BITS, V_BITS, D, PAGE
-            )
         for tile in range(first, first + count):
-            if LATE:
-                values, v_scales = _load_tile_values(
-                    head,
-                    table,
-                    tile,
-                    last_page,
-                    lane_g,
-                    lane_t,
-                    page_stride,
-                    K_BITS,
-                    V_BITS,
-                    D,
-                    PAGE,
-                )
+            # Values arrive while scores are computed, the next keys while values are summed.
+            values, v_scales = _load_tile_values(
+                head, table, tile, last_page, lane_g, lane_t, page_stride, K_BITS, V_BITS, D, PAGE
+            )
             state = _attend(
                 keys,
                 values,
@@ -563,20 +548,6 @@ def decode_partials(
             keys, k_scales = _load_tile_keys(
                 head, table, ahead, last_page, lane_g, lane_t, page_stride, K_BITS, V_BITS, D, PAGE
             )
-            if not LATE:
-                values, v_scales = _load_tile_values(
-                    head,
-                    table,
-                    ahead,
-                    last_page,
-                    lane_g,
-                    lane_t,
-                    page_stride,
-                    K_BITS,
-                    V_BITS,
-                    D,
-                    PAGE,
-                )
 
         slot = (program + pair).to(tl.int64)
         for n in tl.static_range(NB):
