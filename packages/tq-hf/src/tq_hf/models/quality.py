@@ -166,6 +166,7 @@ def retrieval_tasks(
     seed: int = 0,
     definitions: int = 6,
     context: int = 2048,
+    lead: int = 160,
 ) -> list[RetrievalTask]:
     """Generate prompts that define a symbol early and use it ``distance`` tokens later.
 
@@ -187,13 +188,16 @@ def retrieval_tasks(
         Definitions in a prompt, the one asked for included.
     context : int
         Upper limit of the prompt's length.
+    lead : int
+        Tokens before the definition, about; at least 96.
 
     Raises
     ------
     ValueError
-        If the distance does not fit in the context or is below 48.
+        If the distance does not fit in the context or is below 48, or the lead is below 96.
     """
-    lead = 160
+    if lead < 96:
+        raise ValueError(f"lead={lead} must be at least 96, to hold the other definitions")
     if not 48 <= distance <= context - lead - 64:
         raise ValueError(
             f"distance={distance} must be from 48 to {context - lead - 64} for context={context}"
@@ -209,6 +213,8 @@ def retrieval_tasks(
         return [int(i) for i in tokenizer.encode(text, add_special_tokens=False)]
 
     newline = encode("\n")
+    first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    start = [] if first is None else [first]
     tasks: list[RetrievalTask] = []
     while len(tasks) < count:
         names = [_name(rng) for _ in range(definitions)]
@@ -229,7 +235,7 @@ def retrieval_tasks(
             room += len(late.pop())
         early = [line for line in lines[1:] if line not in late]
         before = lead - sum(map(len, early)) + sum(map(len, lines[1:]))
-        prompt = [0, *_scatter(rng, code(before), early), *lines[0]]
+        prompt = [*start, *_scatter(rng, code(before), early), *lines[0]]
         prompt += [*_scatter(rng, code(room), late), *question]
         tasks.append(RetrievalTask(tuple(prompt), tuple(answer), distance))
     return tasks
