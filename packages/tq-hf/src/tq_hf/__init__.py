@@ -6,11 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tq_hf.cache import TurboQuantCache
+    from tq_hf.layer import KeyCenterWarning
     from tq_hf.memory import MemoryUsage
 
-__all__ = ["MemoryUsage", "TurboQuantCache"]
+__all__ = ["KeyCenterWarning", "MemoryUsage", "TurboQuantCache"]
 
-_MODULES = {"TurboQuantCache": "tq_hf.cache", "MemoryUsage": "tq_hf.memory"}
+_MODULES = {
+    "KeyCenterWarning": "tq_hf.layer",
+    "MemoryUsage": "tq_hf.memory",
+    "TurboQuantCache": "tq_hf.cache",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,13 +19,21 @@ from tq_hf.history import SEGMENT_TOKENS, CodeHistory
 from tq_hf.snapshot import Snapshot
 from tq_hf.stand_in import stand_ins
 
-__all__ = ["CompressedLayer", "LayerOptions"]
+__all__ = ["CompressedLayer", "KeyCenterWarning", "LayerOptions"]
 
 #: Tokens leave the window in blocks of this many.
 BLOCK_TOKENS = 16
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 #: Since transformers 5, ``crop`` takes the negated number of tokens to remove; before, a length.
 _CROP_REMOVES = "tokens_to_remove" in inspect.signature(DynamicLayer.crop).parameters
+
+
+#: Tokens from which, and share of energy above which, the mean of keys is judged too large.
+_LEAST_JUDGED, _COMMON_SHARE = 64, 0.9
+
+
+class KeyCenterWarning(UserWarning):
+    """The keys of a model have a large common part that should be subtracted first."""
 
 
 @dataclass(frozen=True)
@@ -221,6 +230,9 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def _encode(self, states: tuple[Tensor, Tensor], count: int) -> None:
         assert self.fmt is not None
+        first = not self.history.tokens and count >= _LEAST_JUDGED
+        if first and self.key_center is None and self.fmt.k_bits < 8:
+            _warn_of_common_part(states[0][..., :count, :], self.fmt.k_bits)
         codes = []
         for start in range(0, count, SEGMENT_TOKENS):
             keys, values = (x[..., start : min(count, start + SEGMENT_TOKENS), :] for x in states)
@@ -351,6 +363,21 @@ def _first(states: tuple[Tensor, Tensor], tokens: int) -> tuple[Tensor, Tensor]:
     if tokens >= states[0].shape[-2]:
         return states
     return states[0][..., :tokens, :].clone(), states[1][..., :tokens, :].clone()
+
+
+def _warn_of_common_part(keys: Tensor, bits: int) -> None:
+    """Warn if keys [batch, kv_heads, tokens, head_dim] are nearly all their mean, in every row."""
+    part = keys[..., :SEGMENT_TOKENS, :].float()
+    energy = part.square().sum(dim=-1).mean(dim=-1)
+    share = part.mean(dim=-2).square().sum(dim=-1) / energy.clamp(min=1e-30)
+    if bool((share.amin(dim=0) > _COMMON_SHARE).any()):
+        warnings.warn(
+            f"{_COMMON_SHARE:.0%} or more of the energy of this model's keys is the same for all "
+            f"tokens, so {bits} bits leave little for what differs: pass key_center, for example "
+            "the mean key of each layer and head over some text",
+            KeyCenterWarning,
+            stacklevel=2,
+        )
 
 
 def _check_states(keys: Tensor, values: Tensor) -> None:
