@@ -47,6 +47,7 @@ __all__ = ["MODULES", "TARGETS", "Resources", "Variant", "compile_variant", "var
 #: Modules that define ``aot_variants``.
 MODULES: tuple[str, ...] = (
     "tq_kernels.portable.decode",
+    "tq_kernels.portable.prefill",
     "tq_kernels.portable.store",
     "tq_kernels.portable.rotate",
     "tq_kernels.portable.dequantize",

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from tq_kernels.attend import attend_codes, attend_dense, merge_sink, merge_states
 from tq_kernels.checks import check_tensor
 from tq_kernels.format import KVFormat
+from tq_kernels.ops.backend import portable_kernels
 from tq_kernels.ops.decode import (
     check_attention,
     check_block_table,
@@ -16,7 +21,10 @@ from tq_kernels.ops.decode import (
 )
 from tq_kernels.ops.rotate import compute_dtype
 
-__all__ = ["prefill_ref"]
+if TYPE_CHECKING:
+    from tq_kernels.portable.prefill import PrefillPlan
+
+__all__ = ["prefill", "prefill_ref"]
 
 
 def prefill_ref(
@@ -115,3 +123,111 @@ def prefill_ref(
         out[rows] = state[0][0].transpose(0, 1).to(out.dtype)
         lse[rows] = state[1][0].transpose(0, 1)
     return out, lse
+
+
+@lru_cache(maxsize=8)
+def _plan(
+    fmt: KVFormat,
+    heads: int,
+    kv_heads: int,
+    max_batch: int,
+    max_tokens: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    softmax_scale: float | None,
+    soft_cap: float | None,
+    sliding_window: int | None,
+) -> PrefillPlan:
+    plan: PrefillPlan = portable_kernels("prefill", device).PrefillPlan(
+        fmt,
+        heads,
+        kv_heads,
+        max_batch,
+        max_tokens,
+        dtype,
+        device,
+        softmax_scale=softmax_scale,
+        soft_cap=soft_cap,
+        sliding_window=sliding_window,
+    )
+    return plan
+
+
+def prefill(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pages: Tensor,
+    block_table: Tensor,
+    cu_query_lens: Tensor,
+    context_lens: Tensor,
+    fmt: KVFormat,
+    *,
+    softmax_scale: float | None = None,
+    soft_cap: float | None = None,
+    sliding_window: int | None = None,
+    sinks: Tensor | None = None,
+    key_center: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`prefill_ref` by Triton kernels: the same arguments and results.
+
+    It keeps the plans of the shapes seen last, waits for the device to read the lengths, and
+    allocates its results. Use :class:`tq_kernels.PrefillPlan` where any of these matters.
+
+    Raises
+    ------
+    TQError
+        As :func:`prefill_ref`; also for float64 and for a device that Triton cannot use.
+
+    Notes
+    -----
+    The prefix of a sequence with many new tokens is expanded to fp16 (float32 for float32), and
+    new tokens are attended in their dtype, so the error is that of dense attention in 16 bits.
+    """
+    check_attention(
+        q,
+        pages,
+        fmt,
+        softmax_scale=softmax_scale,
+        soft_cap=soft_cap,
+        sliding_window=sliding_window,
+        sinks=sinks,
+        key_center=key_center,
+    )
+    check_block_table(block_table, context_lens, "context_lens", pages, fmt)
+    bounds = query_bounds(cu_query_lens, q, len(context_lens))
+    plan = _plan(
+        fmt,
+        q.shape[1],
+        pages.shape[1],
+        _power_of_two(len(context_lens)),
+        _power_of_two(q.shape[0]),
+        q.dtype,
+        q.device,
+        softmax_scale,
+        soft_cap,
+        sliding_window,
+    )
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    plan.run(
+        q if q.stride(-1) == 1 else q.contiguous(),
+        k if k.stride(-1) == 1 else k.contiguous(),
+        v if v.stride(-1) == 1 else v.contiguous(),
+        pages,
+        block_table.to(torch.int32),
+        cu_query_lens.to(torch.int32).contiguous(),
+        context_lens.to(torch.int32).contiguous(),
+        out,
+        lse,
+        query_lens_host=[b - a for a, b in pairwise(bounds)],
+        context_lens_host=context_lens.tolist(),
+        sinks=None if sinks is None else sinks.contiguous(),
+        key_center=None if key_center is None else key_center.contiguous(),
+    )
+    return out, lse
+
+
+def _power_of_two(n: int) -> int:
+    """The least power of two from ``n`` on, at least 1."""
+    return 1 << max(n - 1, 0).bit_length()

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, assignment, var-annotated"
 """Attention of query rows on pages, split over the history, in plain Triton.
 
 A program holds up to ``ROWS`` rows (query head of the group, query token) of one sequence and KV
@@ -84,18 +85,26 @@ def attend_pages(
         record = pages + page * page_stride + kv_head.to(tl.int64) * record_stride
         slot = token % PAGE
 
-        logits = ()
-        new_top = top
+        words = ()
+        scores = ()
         for t in tl.static_range(4):
-            words = key_words(
+            w = key_words(
                 record[:, None], (slot + t)[:, None], n[None, :],
                 exists[:, None] & (n < D // FIELDS)[None, :], K_BITS, D, PAGE,
             )  # fmt: skip
-            s = tl.zeros([ROWS, QUADS], tl.float32)
-            for j in tl.static_range(FIELDS):
-                k = tl.trans(number(words, j, K_BITS, K0, K1))
-                s = tl.dot(query[j], k, s)
-                s = tl.dot(query[FIELDS + j], k, s)
+            words = words + (w,)
+            scores = scores + (tl.zeros([ROWS, QUADS], tl.float32),)
+        for j in tl.static_range(FIELDS):
+            sums = ()
+            for t in tl.static_range(4):
+                k = tl.trans(number(words[t], j, K_BITS, K0, K1))
+                sums = sums + (tl.dot(query[FIELDS + j], k, tl.dot(query[j], k, scores[t])),)
+            scores = sums
+
+        logits = ()
+        new_top = top
+        for t in tl.static_range(4):
+            s = scores[t]
             scale = load_scales(
                 record, slot + t, token + t < length, False, K_BITS, V_BITS, D, PAGE
             )

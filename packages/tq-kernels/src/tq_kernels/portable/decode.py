@@ -23,6 +23,8 @@ from tq_kernels.quantize import codebook_of
 __all__ = ["PortableDecodePlan"]
 
 LOG2E = 1.4426950408889634
+#: Registers that a lane of :func:`attend_pages` may take.
+MOST_REGISTERS = 255
 #: Tiles a split has at least.
 LEAST_TILES = 2
 #: Rows of queries that the kernels around the attention take at a time.
@@ -60,6 +62,14 @@ class Tiling:
 def choose_tiling(spec: AttentionSpec) -> Tiling:
     """Tiling of a head_dim; none of them spills registers."""
     return Tiling(16, 16, 8 if spec.fmt.head_dim > 128 else 2, 2)
+
+
+def register_limit() -> dict[str, int]:
+    """Launch option of :func:`attend_pages` on NVIDIA.
+
+    Left alone, ptxas keeps to fewer registers for more programs at a time, and spills for it.
+    """
+    return {} if torch.version.hip else {"maxnreg": MOST_REGISTERS}
 
 
 def choose_splits(spec: AttentionSpec, tiling: Tiling) -> int:
@@ -263,6 +273,32 @@ class PortableDecodePlan:
                 f"q has {q.shape[0]} tokens: the plan was made for {self.max_tokens}; make a "
                 "larger plan"
             )
+        self.run_unchecked(
+            q,
+            pages,
+            block_table,
+            seq_lens,
+            out,
+            lse,
+            cu_query_lens=cu_query_lens,
+            sinks=sinks,
+            key_center=key_center,
+        )
+
+    def run_unchecked(
+        self,
+        q: Tensor,
+        pages: Tensor,
+        block_table: Tensor,
+        seq_lens: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        *,
+        cu_query_lens: Tensor | None = None,
+        sinks: Tensor | None = None,
+        key_center: Tensor | None = None,
+    ) -> None:
+        """:meth:`run` without checks; ``out`` may have another float dtype than ``q``."""
         if q.shape[0] == 0 or seq_lens.shape[0] == 0:
             return
         cu = self._one_each if cu_query_lens is None else cu_query_lens
@@ -295,7 +331,7 @@ class PortableDecodePlan:
             spec.kv_heads, spec.group, self.max_tokens * spec.heads,
             pages.stride(0), pages.stride(1), block_table.stride(0),
             **attend_constants(spec, tiling, center, self._after),
-            num_warps=tiling.warps, num_stages=tiling.stages,
+            num_warps=tiling.warps, num_stages=tiling.stages, **register_limit(),
         )  # fmt: skip
 
     def _merge(
@@ -359,13 +395,14 @@ def aot_variants() -> list[Variant]:
                 constexprs=attend_constants(spec, tiling, options, False),
                 num_warps=tiling.warps,
                 num_stages=tiling.stages,
+                maxnreg=MOST_REGISTERS,
                 aligned=(*attend_strides, "split_stride"),
                 quick=quick,
             )
         )  # fmt: skip
         if k_bits != 4:
             continue
-        strides = ("q_token_stride", "q_head_stride")
+        strides: tuple[str, ...] = ("q_token_stride", "q_head_stride")
         found.append(
             Variant(
                 name=f"prepare-{name}",

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 """What surrounds the attention kernel: queries into the rotated space, partial results back.
 
 Both rotate by a matrix product in float32, a block of columns at a time.

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 """Codes of pages to fp16 numbers, in plain Triton (``docs/format.md``, 4 to 6).
 
 Everything is elementwise on 32-bit words, so that a compiler can move it freely: a tile of words is
