@@ -55,7 +55,9 @@ def check(fmt, heads, kv_heads, lengths, counts, dtype, *, kernels, seed=0, **op
     assert error <= 2 * allowed + 1e-6 * want.norm(), (float(error), float(allowed))
     seen = want_lse > -torch.inf
     assert torch.equal(lse.cpu() > -torch.inf, seen)
-    assert bool((lse.cpu().double() - want_lse)[seen].abs().max() < 5e-4)
+    # Queries have 16 bits: the error of a logit grows with the logits.
+    largest = max(16.0, float(want_lse[seen].abs().max()))
+    assert bool((lse.cpu().double() - want_lse)[seen].abs().max() < 3e-5 * largest)
 
 
 @on_gpu

@@ -21,17 +21,29 @@ __all__ = ["NvidiaDecodePlan", "aot_variants", "unsupported"]
 
 LOG2E = 1.4426950408889634
 
-#: Numbers of a query block (4 rows x head_dim) that a warp holds at most without spilling.
-MOST_BLOCKS = {64: 2, 128: 2, 256: 1}
+#: Query blocks of 4 rows that a warp takes at most, by head_dim.
+MOST_BLOCKS = {64: 4, 128: 4, 256: 1}
 #: Warps that a multiprocessor runs at once, by head_dim and query blocks: one wave of programs,
 #: the same number for each of its four schedulers.
-WARPS_PER_SM = {(64, 1): 16, (64, 2): 12, (128, 1): 16, (128, 2): 8, (256, 1): 8}
+WARPS_PER_SM = {
+    (64, 1): 16,
+    (64, 2): 12,
+    (64, 4): 8,
+    (128, 1): 16,
+    (128, 2): 8,
+    (128, 4): 8,
+    (256, 1): 12,
+}
 #: Registers a lane that let so many run.
 REGISTERS = {16: 128, 12: 168, 8: 255}
-#: Bytes of stack that 128 registers may cost: on an H200 more warps pay for a few spilled words.
-SPILLS = 32
-#: Query rows that one combining program merges, where there are many.
+#: Bytes of stack a lane that this may cost: measured on an H200, more warps, or more query rows
+#: for every decoded tile, pay for some spilled words.
+SPILLS = {1: 64, 2: 64, 4: 160}
+#: Fewest tiles of 64 tokens that a program attends.
+LEAST_TILES = 1
+#: Query rows that one combining program merges, if each has fewer than MANY_PARTS parts.
 MERGED_ROWS = 16
+MANY_PARTS = 16
 
 
 def unsupported(spec: AttentionSpec) -> str | None:
@@ -201,16 +213,17 @@ class NvidiaDecodePlan:
             pages, block_table, seq_lens, cu, self._q_digits, self._q_affine,
             self._partial_out, self._partial_stats, *self._k_table, *self._v_table,
             self._v_center, self._v_step, spec.soft_cap or 0.0, window,
-            batch, spec.kv_heads, self.chunks, spec.group, self.programs,
+            batch, spec.kv_heads, self.chunks, spec.group, self.programs, LEAST_TILES,
             pages.stride(0), pages.stride(1), block_table.stride(0),
             **partials_constants(spec, self.blocks, batch_block),
             PDL=self._overlap, num_warps=1, maxnreg=self._registers, **after,
         )  # fmt: skip
-        one_row = self.programs >= 8 * pairs
+        one_row = self.programs >= MANY_PARTS * pairs
         combine_partials[(rows if one_row else triton.cdiv(rows, MERGED_ROWS),)](
             self._partial_out, self._partial_stats, seq_lens, cu, self._inverse,
             lse if sinks is None else sinks, out, lse, self._inverse_scale,
-            batch, spec.group, spec.kv_heads, self.chunks, self.programs, pairs, window,
+            batch, spec.group, spec.kv_heads, self.chunks, self.programs, LEAST_TILES,
+            pairs, window,
             out.stride(0), out.stride(1), lse.stride(0),
             D=dim, NB=self.blocks, ROWS=1 if one_row else MERGED_ROWS,
             SPLITS=32 if one_row else 1, BATCH_BLOCK=batch_block, WINDOW=window > 0,
@@ -223,8 +236,9 @@ class NvidiaDecodePlan:
 _CASES = (
     *((128, k, v, 4, False) for k, v in ((4, 4), (4, 3), (3, 3), (2, 2), (8, 4))),
     *((dim, 4, 4, 4, True) for dim in (64, 128, 256)),
-    (64, 3, 3, 8, False),
+    (64, 3, 3, 16, False),
     (128, 4, 4, 8, False),
+    (128, 4, 4, 16, False),
     (256, 8, 4, 4, False),
 )
 
@@ -234,7 +248,7 @@ def aot_variants() -> list[Variant]:
     tensors = dict.fromkeys(("block_table", "seq_lens", "cu_query_lens"), "*i32")
     partials = dict.fromkeys(("partial_out", "partial_stats"), "*fp32")
     tables = tuple(f"{kind}_table{n}" for kind in "kv" for n in range(4))
-    sizes = ("batch", "kv_heads", "chunks", "group", "programs", "window")
+    sizes = ("batch", "kv_heads", "chunks", "group", "programs", "least", "window")
     strides = ("page_stride", "record_stride", "block_table_stride")
     found = []
     for dim, k_bits, v_bits, rows, options in _CASES:
@@ -260,7 +274,7 @@ def aot_variants() -> list[Variant]:
                     constexprs={**partials_constants(spec, blocks, 32), "PDL": overlap},
                     num_warps=1,
                     maxnreg=REGISTERS[WARPS_PER_SM[dim, blocks]],
-                    spills=SPILLS,
+                    spills=SPILLS[blocks],
                     aligned=strides[:2],
                     targets=targets,
                     quick=(dim, k_bits, v_bits, options) == (128, 4, 4, False) and rows == 4,

@@ -436,6 +436,7 @@ def decode_partials(
     chunks,
     group,
     programs,
+    least,
     page_stride,
     record_stride,
     block_table_stride,
@@ -470,12 +471,9 @@ def decode_partials(
     tile_counts = tile_counts * heads_of
     ends = tl.cumsum(tile_counts, 0)
     total = tl.sum(tile_counts, 0)
-    per_program = (total + programs - 1) // programs
+    per_program = tl.maximum((total + programs - 1) // programs, least)
     position = program * per_program
     stop = tl.minimum(position + per_program, total)
-    if PDL:
-        gdc_wait()
-
     while position < stop:
         sequence = tl.sum((ends <= position).to(tl.int32), 0)
         before = tl.sum(tl.where(sequences < sequence, tile_counts, 0), 0)
@@ -492,6 +490,13 @@ def decode_partials(
         table = block_table + sequence.to(tl.int64) * block_table_stride
         last_page = tl.maximum(length - 1, 0) // PAGE
 
+        head = pages.to(tl.int64) + kv_head.to(tl.int64) * record_stride
+        keys, k_scales = _load_tile_keys(
+            head, table, first, last_page, lane_g, lane_t, page_stride, K_BITS, V_BITS, D, PAGE
+        )
+        if PDL:
+            # Only queries come from the kernel before; a first tile is on its way already.
+            gdc_wait()
         query = ()
         affine = ()
         limits = ()
@@ -512,10 +517,6 @@ def decode_partials(
         for _ in tl.static_range(NB * D // 8):
             state = state + (tl.zeros([32], tl.float32),)
 
-        head = pages.to(tl.int64) + kv_head.to(tl.int64) * record_stride
-        keys, k_scales = _load_tile_keys(
-            head, table, first, last_page, lane_g, lane_t, page_stride, K_BITS, V_BITS, D, PAGE
-        )
         for tile in range(first, first + count):
             # Values arrive while scores are computed, the next keys while values are summed.
             values, v_scales = _load_tile_values(

@@ -124,6 +124,7 @@ def combine_partials(
     kv_heads,
     chunks,
     programs,
+    least,
     pairs,
     window,
     out_token_stride,
@@ -158,7 +159,7 @@ def combine_partials(
     _, tile_counts = tiles_of(lengths, query_ends - query_starts, window, WINDOW)
     heads_of = kv_heads * chunks
     total = tl.sum(tile_counts, 0) * heads_of
-    per_program = tl.maximum((total + programs - 1) // programs, 1)
+    per_program = tl.maximum((total + programs - 1) // programs, least)
     before = tl.sum(tl.where(sequences[None, :] < sequence[:, None], tile_counts[None, :], 0), 1)
     tiles = tl.sum(tl.where(sequences[None, :] == sequence[:, None], tile_counts[None, :], 0), 1)
     start = before * heads_of + pair % heads_of * tiles
