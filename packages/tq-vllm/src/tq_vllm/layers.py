@@ -17,6 +17,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.selector import AttentionSelectorConfig
 
 from tq_vllm.backend import FineTurboQuantBackend
+from tq_vllm.center import load_center
 from tq_vllm.settings import load_settings, named_layers
 
 if TYPE_CHECKING:
@@ -62,11 +63,15 @@ def assign_layer(impl: TurboQuantImpl, act_dtype: torch.dtype) -> None:
     Called after the weights are loaded and before vLLM asks layers for the sizes of their pages.
     """
     settings = load_settings()
-    if settings.skip_layers == settings.layers_fine == "none":
+    if settings.skip_layers == settings.layers_fine == "none" and settings.key_center is None:
         return
     config = impl.vllm_config
     name, layer = _own_layer(impl)
-    number, total = extract_layer_index(name), config.model_config.get_total_num_hidden_layers()
+    pages_of = impl.kv_sharing_target_layer_name or name
+    if settings.key_center is not None:
+        number = extract_layer_index(pages_of)
+        impl.ops.key_center = load_center(settings.key_center, number, impl)
+    number, total = extract_layer_index(pages_of), config.model_config.get_total_num_hidden_layers()
     windowed = impl.sliding_window is not None
 
     def named(text: str) -> bool:

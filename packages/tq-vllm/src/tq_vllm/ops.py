@@ -69,17 +69,24 @@ class EagerOps:
     shape : LayerShape
     sinks : tensor [heads], optional
         Learned logits that take part in the softmax.
+    key_center : tensor [kv_heads, head_dim], optional
+        Subtracted from keys before they are stored.
     """
 
     def __init__(self, shape: LayerShape, sinks: Tensor | None = None) -> None:
         self.shape, self.sinks = shape, sinks
+        self.key_center: Tensor | None = None
+
+    def centered(self, k: Tensor) -> Tensor:
+        """Keys less the center."""
+        return k if self.key_center is None else (k - self.key_center).to(k.dtype)
 
     def reserve(self, fmt: KVFormat, dtype: torch.dtype, device: torch.device) -> None:
         """Allocate all buffers, so that they are there when vLLM measures free memory."""
 
     def store(self, k: Tensor, v: Tensor, pages: Tensor, slots: Tensor, fmt: KVFormat) -> None:
         """Compress keys and values [tokens, kv_heads, head_dim] into their slots."""
-        store_ref(k, v, pages, slots, fmt)
+        store_ref(self.centered(k), v, pages, slots, fmt)
 
     def decode(
         self,
@@ -100,6 +107,7 @@ class EagerOps:
             fmt,
             cu_query_lens=cu_query_lens,
             sinks=self.sinks,
+            key_center=self.key_center,
             **self.shape.options,
         )
         out.copy_(result)
@@ -127,6 +135,7 @@ class EagerOps:
             context_lens,
             fmt,
             sinks=self.sinks,
+            key_center=self.key_center,
             **self.shape.options,
         )
         out.copy_(result)
@@ -174,7 +183,7 @@ class FusedOps(EagerOps):
             _decode_plan(self.shape, fmt, length, dtype, device)
 
     def store(self, k: Tensor, v: Tensor, pages: Tensor, slots: Tensor, fmt: KVFormat) -> None:
-        store(k, v, pages, slots, fmt)
+        store(self.centered(k), v, pages, slots, fmt)
 
     def decode(
         self,
@@ -197,6 +206,7 @@ class FusedOps(EagerOps):
             lse[: q.shape[0]],
             cu_query_lens=cu_query_lens,
             sinks=self.sinks,
+            key_center=self.key_center,
         )
 
     def prefill_stored(
@@ -211,4 +221,6 @@ class FusedOps(EagerOps):
         out: Tensor,
     ) -> None:
         k, v = dequantize(pages, slots, fmt, q.dtype)
+        if self.key_center is not None:
+            k = (k + self.key_center).to(k.dtype)
         self.prefill(q, k, v, pages, block_table, cu_query_lens, context_lens, fmt, out)

@@ -11,6 +11,8 @@
 ``TQ_PREFILL``       ``exact`` (default): new tokens see each other at 16 bits;
                      ``stored``: as they are stored, so that chunking the prompt and
                      cached prefixes change no result
+``TQ_KEY_CENTER``    file of ``tq center``: a constant to subtract from the keys of each
+                     layer and head, for models with large key biases
 ``TQ_SEED``          seed of the rotation
 ``TQ_ROTATION``      ``hadamard`` (default) or ``haar``
 ``TQ_SCALE``         ``mse`` (default), ``norm``, ``unbiased`` or ``none``
@@ -31,7 +33,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import AliasChoices, Field, ValidationError, field_validator
+from pydantic import AliasChoices, Field, FilePath, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from tq_core import TQError
 
@@ -83,6 +85,7 @@ class Settings(BaseSettings):
     skip_layers: str = "none"
     fine_layers: str | None = None
     prefill: Literal["exact", "stored"] = "exact"
+    key_center: FilePath | None = None
     seed: int = Field(default=0, ge=0, lt=2**64)
     rotation: Literal["hadamard", "haar"] = "hadamard"
     scale: Literal["mse", "norm", "unbiased", "none"] = "mse"

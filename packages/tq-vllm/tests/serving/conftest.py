@@ -223,6 +223,11 @@ def reference():
 
 
 @pytest.fixture(scope="session")
+def held_out():
+    return held_out_prompts
+
+
+@pytest.fixture(scope="session")
 def decide():
     return decided
 

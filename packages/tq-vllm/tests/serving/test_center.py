@@ -1,0 +1,123 @@
+"""Key centers: measured by the command, and what they do to a model with large key biases."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tq_core import TQError
+from tq_vllm.center import measure_centers, rank_heads, save_centers
+
+K4V4 = {"TQ_K_BITS": "4", "TQ_V_BITS": "4", "TQ_PREFILL": "stored"}
+TEXT = 300
+
+
+@pytest.fixture(scope="module")
+def large_bias():
+    from tq_hf.models import model_path
+
+    return model_path("tiny-large-bias")
+
+
+@pytest.fixture(scope="module")
+def biased(large_bias, tmp_path_factory):
+    """The model for vLLM, whose Qwen2 ignores head_dim: as a Llama with biases."""
+    folder = tmp_path_factory.mktemp("biased")
+    for file in ("model.safetensors", "tokenizer.json"):
+        shutil.copy(large_bias / file, folder)
+    config = json.loads((large_bias / "config.json").read_text())
+    config |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "qkv_bias": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(held_out):
+    return held_out([TEXT, TEXT])
+
+
+def loss(engine, prompt) -> float:
+    """Mean negative log-likelihood of a prompt."""
+    (out,) = engine.generate([prompt], 1, prompt_logprobs=0)
+    steps = zip(out.prompt_logprobs[1:], prompt[1:], strict=True)
+    return -sum(step[token].logprob for step, token in steps) / (len(prompt) - 1)
+
+
+@pytest.fixture(scope="module")
+def plain(start, biased, text, tmp_path_factory):
+    """Loss without compression, and the file of centers, measured on another text."""
+    path = tmp_path_factory.mktemp("center") / "center.safetensors"
+    with start(biased, {"TQ_CPU": "0"}, block_size=32, enable_prefix_caching=False) as engine:
+        value = loss(engine, text[0])
+        save_centers(measure_centers(engine.llm, text[1:]), path)
+    return value, path
+
+
+def test_centers_are_the_mean_keys_of_transformers(plain, large_bias, text):
+    from transformers import AutoModelForCausalLM, DynamicCache
+
+    model = AutoModelForCausalLM.from_pretrained(large_bias, dtype=torch.float32).eval()
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(torch.tensor([text[1]]), past_key_values=cache)
+    centers = load_file(plain[1])
+    assert sorted(centers) == [f"layers.{n}" for n in range(6)]
+    for n, layer in enumerate(cache.layers):
+        torch.testing.assert_close(
+            centers[f"layers.{n}"], layer.keys[0].mean(dim=1), rtol=1e-3, atol=1e-3
+        )
+
+
+def test_a_center_recovers_what_rounding_large_biases_loses(start, biased, text, plain):
+    exact, path = plain
+    with start(biased, K4V4) as engine:
+        without = loss(engine, text[0])
+    with start(biased, K4V4 | {"TQ_KEY_CENTER": str(path)}) as engine:
+        centered = loss(engine, text[0])
+    assert without - exact > 0.3
+    assert abs(centered - exact) < 0.1 * (without - exact)
+
+
+def test_the_command(large_bias, biased, text, plain, tmp_path, monkeypatch):
+    from tq_core.cli import build_app
+    from transformers import PreTrainedTokenizerFast
+    from typer.testing import CliRunner
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    file = str(large_bias / "tokenizer.json")
+    decoded = PreTrainedTokenizerFast(tokenizer_file=file).decode(text[1])
+    (tmp_path / "text").write_text(decoded, encoding="utf-8")
+    out = tmp_path / "center.safetensors"
+    options = ["--text", str(tmp_path / "text"), "--out", str(out), "--dtype", "float32"]
+    options += ["--length", "300"]
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    result = CliRunner().invoke(build_app(), ["center", str(biased), *options])
+    cleanup_dist_env_and_memory()
+    assert result.exit_code == 0, result.output
+    assert "mean keys of 6 layers over 300 tokens" in result.output
+    found, want = load_file(out), load_file(plain[1])
+    for name, center in want.items():
+        torch.testing.assert_close(found[name], center, rtol=1e-3, atol=1e-3)
+
+
+def test_wrong_files_are_refused(start, biased, tmp_path):
+    path = tmp_path / "center.safetensors"
+    for tensors, message in (
+        ({"layers.0": torch.zeros(2, 64)}, "shape \\(2, 64\\).*2 KV heads of 128"),
+        ({"layers.0": torch.zeros(4, 128)}, "shape \\(4, 128\\)"),
+        ({"layers.1": torch.zeros(2, 128)}, "no tensor 'layers.0'"),
+    ):
+        save_file(tensors, path)
+        settings = K4V4 | {"TQ_KEY_CENTER": str(path)}
+        with pytest.raises(TQError, match=message), start(biased, settings):
+            pass
+
+
+def test_ranks_take_their_heads() -> None:
+    center = torch.arange(8.0)[:, None]
+    assert rank_heads(center, 4, 1, 2)[:, 0].tolist() == [4, 5, 6, 7]
+    assert rank_heads(center[:2], 1, 3, 4)[:, 0].tolist() == [1]
+    assert rank_heads(center[:2], 1, 1, 4)[:, 0].tolist() == [0]
