@@ -8,7 +8,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from tq_core import TQError
 
 import tq_kernels
 from tq_kernels.bench.inputs import Pool, normal, queries, random_pages, tables
@@ -186,10 +185,9 @@ class TurboQuant(Candidate):
         pages = self._pages(shape, copies * block_tables[0].shape[1])
         fmt, out = shape.fmt, torch.full_like(q, float("nan"))
         lse = torch.full(q.shape[:2], float("nan"), device=self.device)
-        plan_type = getattr(tq_kernels, "PrefillPlan", None)
-        if plan_type is None:
-            raise TQError("this version of tq-kernels has no PrefillPlan; leave the section out")
-        plan = plan_type(fmt, shape.heads, shape.kv_heads, 1, shape.tokens, q.dtype, self.device)
+        plan = tq_kernels.PrefillPlan(
+            fmt, shape.heads, shape.kv_heads, 1, shape.tokens, q.dtype, self.device
+        )
         host = {"query_lens_host": [shape.tokens], "context_lens_host": [shape.context]}
 
         def call(table: Tensor) -> Call:
