@@ -1,0 +1,212 @@
+"""``tq verify``: measure a compressed cache on a model, and ``tq calibrate`` for its keys."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+__all__ = ["calibrate", "verify"]
+
+ModelArgument = Annotated[
+    str, typer.Argument(help="tiny, tiny-large-bias, or the folder of a transformers model.")
+]
+
+
+def _fail(notes: Console, command: str, error: Exception) -> typer.Exit:
+    notes.print(f"tq {command}: {error}", style="red", highlight=False, markup=False)
+    return typer.Exit(2)
+
+
+def _numbers(text: str) -> list[int]:
+    from tq_core import TQError
+
+    try:
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise TQError(f"--skip-layers {text!r}: needs numbers such as 0,1,-1") from None
+
+
+def _cache_options(
+    preset: str | None, k_bits: int | None, v_bits: int | None, given: dict[str, Any]
+) -> dict[str, Any]:
+    from tq_core import TQError
+    from tq_kernels.presets import find_preset
+
+    if preset is not None and (k_bits is not None or v_bits is not None):
+        raise TQError("give --preset or --k-bits and --v-bits, not both")
+    found = find_preset(preset or "tq4")
+    options: dict[str, Any] = {
+        "k_bits": found.k_bits if k_bits is None else k_bits,
+        "v_bits": found.v_bits if v_bits is None else v_bits,
+        "sink_tokens": found.sink_tokens,
+        "window_tokens": found.window_tokens,
+        "skip_layers": list(found.skip_layers),
+    }
+    return options | {name: value for name, value in given.items() if value is not None}
+
+
+def verify(
+    model: ModelArgument = "tiny",
+    preset: Annotated[str | None, typer.Option(help="Named format; default tq4.")] = None,
+    k_bits: Annotated[int | None, typer.Option(help="Bits of keys: 2, 3, 4 or 8.")] = None,
+    v_bits: Annotated[int | None, typer.Option(help="Bits of values.")] = None,
+    sinks: Annotated[int | None, typer.Option(help="First tokens kept at 16 bits.")] = None,
+    window: Annotated[int | None, typer.Option(help="Last tokens kept at 16 bits.")] = None,
+    skip_layers: Annotated[
+        str | None, typer.Option(help="Layers kept at 16 bits, such as 0,-1.")
+    ] = None,
+    key_center: Annotated[
+        Path | None, typer.Option(help="Key centers that `tq calibrate` wrote.")
+    ] = None,
+    dataset: Annotated[str, typer.Option(help="builtin, or a UTF-8 text file.")] = "builtin",
+    windows: Annotated[int, typer.Option(min=1, help="Pieces of text to predict.")] = 4,
+    tokens: Annotated[int, typer.Option(min=128, help="Tokens of a piece.")] = 1024,
+    chunk: Annotated[int, typer.Option(min=1, help="Tokens fed at a time.")] = 32,
+    baseline: Annotated[str, typer.Option(help="fp16, bf16, or model: its own type.")] = "fp16",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="Where to run, such as cuda.")] = "cpu",
+    tasks: Annotated[bool, typer.Option(help="Run retrieval and copying.")] = True,
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts a length and depth.")] = 3,
+    generate: Annotated[int, typer.Option(min=0, help="Tokens to generate a prompt.")] = 48,
+    sweep: Annotated[bool, typer.Option(help="Compress one layer at a time, too.")] = False,
+    budget: Annotated[
+        float | None, typer.Option(help="Bytes a token, to propose --skip-layers for.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the tasks.")] = 0,
+    threshold: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME=NUMBER, again and again: kl, kl_p99, top1, perplexity, retrieval, copy, "
+            "k_cosine, v_cosine, out_cosine. Default: kl=0.02 top1=0.95 perplexity=0.01 "
+            "retrieval=0.05; none drops these."
+        ),
+    ] = None,
+    json_out: Annotated[Path | None, typer.Option("--json", help="File of the numbers.")] = None,
+    png: Annotated[Path | None, typer.Option(help="File of the chart.")] = None,
+) -> None:
+    """Run a model with a compressed cache and compare it with a 16-bit one.
+
+    Exits with 1 if a threshold is missed and with 2 if nothing could be measured.
+    """
+    notes = Console(stderr=True)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=notes, transient=True) as bars:
+        bar = bars.add_task("loading PyTorch and the model", total=1.0)
+
+        def progress(what: str, share: float) -> None:
+            bars.update(bar, description=what, completed=share)
+
+        try:
+            from tq_core import TQError
+
+            from tq_hf.verify.calibration import read_centers
+            from tq_hf.verify.measure import measure
+            from tq_hf.verify.report import parse_thresholds
+            from tq_hf.verify.texts import load_any_model, read_texts, token_windows
+
+            if budget is not None and not sweep:
+                raise TQError(f"--budget {budget:g} is for the sweep: add --sweep")
+            limits = parse_thresholds(threshold or [])
+            given = {
+                "sink_tokens": sinks,
+                "window_tokens": window,
+                "skip_layers": None if skip_layers is None else _numbers(skip_layers),
+                "key_center": None if key_center is None else read_centers(key_center),
+            }
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always", UserWarning)
+                options = _cache_options(preset, k_bits, v_bits, given)
+            for warning in caught:
+                notes.print(f"tq verify: {warning.message}", style="yellow", markup=False)
+            net, tokenizer = load_any_model(model, dtype, device)
+            pieces = token_windows(tokenizer, read_texts(dataset), tokens, windows, device)
+            report = measure(
+                net,
+                tokenizer,
+                pieces,
+                options,
+                name=model,
+                dataset=dataset,
+                baseline=baseline,
+                limits=limits,
+                chunk=chunk,
+                prompts=prompts,
+                new_tokens=generate,
+                tasks=tasks,
+                sweep=sweep,
+                budget=budget,
+                seed=seed,
+                progress=progress,
+            )
+        except (ValueError, RuntimeError, OSError) as error:
+            raise _fail(notes, "verify", error) from None
+    if json_out is not None:
+        text = json.dumps(report.as_dict(), indent=1) + "\n"
+        json_out.write_text(text, encoding="utf-8")
+    if png is not None:
+        from tq_hf.verify.chart import draw
+
+        draw(report, png)
+    from tq_hf.verify.table import tables
+
+    console = Console()
+    for table in tables(report):
+        console.print(table)
+    if report.keep_layers is not None:
+        kept = ",".join(map(str, report.keep_layers)) or "none"
+        console.print(f"within {budget:g} bytes a token: --skip-layers {kept}")
+    failures = report.failures()
+    for line in failures:
+        console.print(f"missed: {line}", style="red", highlight=False)
+    if failures:
+        raise typer.Exit(1)
+    met = [f"{k} {v:g}" for k, v in limits.items() if k in report.values()]
+    if met:
+        console.print("all thresholds met: " + ", ".join(met), highlight=False)
+
+
+def calibrate(
+    model: ModelArgument = "tiny",
+    out: Annotated[Path, typer.Option(help="File to write.")] = Path("key-center.safetensors"),
+    dataset: Annotated[
+        str, typer.Option(help="builtin, a UTF-8 text file, or bias: from the weights alone.")
+    ] = "builtin",
+    windows: Annotated[int, typer.Option(min=1, help="Pieces of text.")] = 4,
+    tokens: Annotated[int, typer.Option(min=16, help="Tokens of a piece.")] = 1024,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="Where to run, such as cuda.")] = "cpu",
+) -> None:
+    """Write the mean key of each layer and head, for the cache's ``key_center``."""
+    notes = Console(stderr=True)
+    with notes.status("loading PyTorch and the model") as status:
+        try:
+            from tq_hf.models import held_out_text
+            from tq_hf.verify.calibration import bias_centers, key_centers, write_centers
+            from tq_hf.verify.texts import (
+                CALIBRATION,
+                load_any_model,
+                read_texts,
+                token_windows,
+            )
+
+            net, tokenizer = load_any_model(model, dtype, device)
+            status.update("reading keys")
+            if dataset == "bias":
+                centers = bias_centers(net, tokens)
+            else:
+                own = [held_out_text(CALIBRATION)] if dataset == "builtin" else read_texts(dataset)
+                pieces = token_windows(tokenizer, own, tokens, windows, device)
+                centers = key_centers(net, pieces)
+            write_centers(centers, out, f"{model}, {dataset}")
+        except (ValueError, RuntimeError, OSError) as error:
+            raise _fail(notes, "calibrate", error) from None
+    size = max(float(c.norm(dim=-1).max()) for c in centers.values())
+    Console().print(f"{out}: {len(centers)} layers, largest norm {size:.1f}")
