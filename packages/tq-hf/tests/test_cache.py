@@ -304,3 +304,50 @@ def test_update_under_compile(trained: Any) -> None:
     strict = torch.compile(step, backend="eager", fullgraph=True)
     with pytest.raises(Exception, match="disable"):
         strict(caches[0], x)
+
+
+def test_modes_may_change(trained: Any) -> None:
+    model = trained[0]
+    model.set_attn_implementation("sdpa")
+    ids = text_ids(trained, 150, batch=2)
+    cache, same = TurboQuantCache(model.config), TurboQuantCache(model.config)
+    modes = [torch.inference_mode, torch.no_grad, torch.inference_mode]
+    operations = [
+        lambda c: c.reorder_cache(torch.tensor([1, 0])),
+        lambda c: c.crop(-5 if c.get_seq_length() else 0),
+        lambda c: None,
+    ]
+    ours, theirs = [], []
+    for i, (mode, operation) in enumerate(zip(modes, operations, strict=True)):
+        part = ids[:, 50 * i : 50 * i + 50]
+        with mode():
+            ours.append(feed(model, part, cache, [40, *[1] * 10]).clone())
+            operation(cache)
+        theirs.append(feed(model, part, same, [40, *[1] * 10]))
+        operation(same)
+    assert torch.equal(torch.cat(ours), torch.cat(theirs))
+
+
+def test_autocast_does_not_reach_the_codes(single: Any) -> None:
+    model = single[0]
+    x = torch.randn(1, 2, 100, 128).bfloat16()
+    ours, theirs = (TurboQuantCache(model.config, window_tokens=0) for _ in range(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        ours.update(x, x, 0)
+        keys = ours.layers[0].keys
+        again = ours.update(x, x, 0)
+        ours_out = torch.nn.functional.scaled_dot_product_attention(x, *again)
+    theirs.update(x, x, 0)
+    assert torch.equal(keys, theirs.layers[0].keys)
+    again = theirs.update(x, x, 0)
+    theirs_out = torch.nn.functional.scaled_dot_product_attention(x, *again)
+    assert torch.equal(ours_out, theirs_out)
+
+
+def test_generate_prefills_in_chunks(model: Any, trained: Any) -> None:
+    ids = text_ids(trained, 130)
+    ours, theirs = pair(model, window_tokens=16)
+    options = {"prefill_chunk_size": 48, "do_sample": False, "tokens": 20}
+    assert torch.equal(
+        generate(model, ids, ours, **options), generate(model, ids, theirs, **options)
+    )

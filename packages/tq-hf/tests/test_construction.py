@@ -103,6 +103,15 @@ def test_an_update_that_does_not_fit_changes_nothing(keys: Any, values: Any, mes
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
+def test_a_first_update_that_fails_leaves_an_empty_layer() -> None:
+    cache = TurboQuantCache(CONFIG)
+    with pytest.raises(TQError, match="finite"):
+        cache.update(states(1, 2, 64, 64) * torch.nan, states(1, 2, 64, 64), 0)
+    x = states(3, 2, 64, 64)
+    cache.update(x, x, 0)
+    assert cache.layers[0].keys.shape == x.shape
+
+
 def test_a_center_of_another_shape_is_refused() -> None:
     cache = TurboQuantCache(CONFIG, key_center={0: torch.zeros(3, 64)})
     with pytest.raises(TQError, match=r"kv_heads, head_dim"):

@@ -18,6 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from tq_hf.history import SEGMENT_TOKENS
+from tq_hf.modes import exact
 from tq_hf.snapshot import Snapshot
 
 __all__ = ["IMPLEMENTATION", "attend", "register", "turboquant_attention"]
@@ -28,6 +29,7 @@ IMPLEMENTATION = "turboquant"
 _LOGITS = 2**23
 
 
+@exact
 def attend(
     query: Tensor,
     snapshot: Snapshot,

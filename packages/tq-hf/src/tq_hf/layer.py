@@ -16,6 +16,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from tq_hf.attention import IMPLEMENTATION
 from tq_hf.history import SEGMENT_TOKENS, CodeHistory
+from tq_hf.modes import held
 from tq_hf.snapshot import Snapshot
 from tq_hf.stand_in import stand_ins
 
@@ -164,6 +165,7 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     # Filling
 
+    @held
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
         """Take batch, heads, head_dim, dtype and device from the first keys and values."""
         values = key_states if value_states is None else value_states
@@ -182,6 +184,29 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         empty = key_states[..., :0, :].clone(), values[..., :0, :].clone()
         self._head = self._tail = empty
         self.is_initialized = True
+
+    @held
+    def _add(self, key_states: Tensor, value_states: Tensor) -> Snapshot:
+        """Hold new tokens; return what the step sees, codes as they were before it."""
+        if self.tail[0].device != key_states.device:
+            self.move(key_states.device)
+        new = (key_states.detach(), value_states.detach())
+        take = min(new[0].shape[-2], self.options.sink_tokens - self.head[0].shape[-2])
+        head, tail = self.head, self.tail
+        if take > 0:
+            head = _cat(head, tuple(x[..., :take, :] for x in new), copy=True)
+            new = (new[0][..., take:, :], new[1][..., take:, :])
+        tail = _cat(tail, new)
+        seen = Snapshot(head, self.history.parts(), tail, self.fmt, self.key_center)
+        excess = tail[0].shape[-2] - self.options.window_tokens
+        count = max(0, excess) // BLOCK_TOKENS * BLOCK_TOKENS
+        self._encode(tail, count)
+        self._head = head
+        if count or tail[0] is new[0]:
+            # A copy, so that the window does not keep the memory of all the new tokens.
+            tail = (tail[0][..., count:, :].clone(), tail[1][..., count:, :].clone())
+        self._tail = tail
+        return seen
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -203,27 +228,16 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         TQError
             For tensors that do not fit what is held, or that need gradients. Nothing is added then.
         """
-        if not self.is_initialized:
+        fresh = not self.is_initialized
+        if fresh:
             self.lazy_initialization(key_states, value_states)
-        self._check_update(key_states, value_states)
-        if self.tail[0].device != key_states.device:
-            self.move(key_states.device)
-        new = (key_states.detach(), value_states.detach())
-        take = min(new[0].shape[-2], self.options.sink_tokens - self.head[0].shape[-2])
-        head, tail = self.head, self.tail
-        if take > 0:
-            head = _cat(head, tuple(x[..., :take, :] for x in new), copy=True)
-            new = tuple(x[..., take:, :] for x in new)  # type: ignore[assignment]
-        tail = _cat(tail, new)
-        seen = Snapshot(head, self.history.parts(), tail, self.fmt, self.key_center)
-        excess = tail[0].shape[-2] - self.options.window_tokens
-        count = max(0, excess) // BLOCK_TOKENS * BLOCK_TOKENS
-        self._encode(tail, count)
-        self._head = head
-        if count or tail[0] is new[0]:
-            # A copy, so that the window does not keep the memory of all the new tokens.
-            tail = (tail[0][..., count:, :].clone(), tail[1][..., count:, :].clone())
-        self._tail = tail
+        try:
+            self._check_update(key_states, value_states)
+            seen = self._add(key_states, value_states)
+        except TQError:
+            if fresh:
+                self._forget()
+            raise
         if seen.parts and self.options.reads_codes:
             return stand_ins(seen)
         return seen.dense("k"), seen.dense("v")
@@ -254,6 +268,7 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
                 f"{want} of {held.dtype}; use one cache a batch, or cache.reset()"
             )
 
+    @held
     def restore(
         self,
         head: tuple[Tensor, Tensor],
@@ -271,6 +286,7 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     # Changing
 
+    @held
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens.
 
@@ -304,6 +320,7 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             self.history.crop(max(0, keep - start))
         self._head = _first(self.head, min(start, keep))
 
+    @held
     def _map_batch(self, function: Callable[[Tensor], Tensor]) -> None:
         if self.is_initialized:
             self._head = (function(self.head[0]), function(self.head[1]))

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from tq_kernels import KVFormat, TokenCodes, decode_tokens
 
+from tq_hf.modes import exact
+
 __all__ = ["Snapshot"]
 
 
@@ -54,6 +56,7 @@ class Snapshot:
         batch, kv_heads, _, dim = self.tail[0].shape
         return batch, kv_heads, self.tokens, dim
 
+    @exact
     def dense(self, kind: Literal["k", "v"]) -> Tensor:
         """Keys or values [batch, kv_heads, tokens, head_dim] with the codes decoded."""
         which = 0 if kind == "k" else 1
