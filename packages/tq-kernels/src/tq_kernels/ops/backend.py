@@ -6,9 +6,12 @@ import importlib
 from typing import Any
 
 import torch
+from torch import Tensor
 from tq_core import TQError
 
-__all__ = ["portable_kernels"]
+from tq_kernels.format import KVFormat
+
+__all__ = ["check_slot_count", "portable_kernels"]
 
 
 def portable_kernels(name: str, device: torch.device) -> Any:
@@ -31,3 +34,13 @@ def portable_kernels(name: str, device: torch.device) -> Any:
             f"{name}_ref"
         )
     return importlib.import_module(f"tq_kernels.portable.{name}")
+
+
+def check_slot_count(pages: Tensor, fmt: KVFormat) -> None:
+    """Raise unless kernels can number the slots of ``pages`` in 32 bits."""
+    count = pages.shape[0] * fmt.page_size
+    if count >= 2**31:
+        raise TQError(
+            f"pages hold {count} slots: kernels take fewer than 2**31; split the cache, for "
+            "example by layer"
+        )

@@ -17,7 +17,7 @@ from tq_kernels.checks import (
 )
 from tq_kernels.codec import plane_bytes, slot_offsets
 from tq_kernels.format import KVFormat
-from tq_kernels.ops.backend import portable_kernels
+from tq_kernels.ops.backend import check_slot_count, portable_kernels
 from tq_kernels.quantize import TokenCodes, decode_tokens
 
 __all__ = ["check_dequantize", "dequantize", "dequantize_ref", "gather_slots"]
@@ -122,6 +122,7 @@ def dequantize(
         )
     if slots.numel() > 1 and slots.stride(0) != 1:
         raise TQError("slots is not contiguous: call .contiguous()")
+    check_slot_count(pages, fmt)
     kernels = portable_kernels("dequantize", pages.device)
     if values_checked():
         limit = pages.shape[0] * fmt.page_size

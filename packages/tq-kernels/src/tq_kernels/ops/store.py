@@ -16,7 +16,7 @@ from tq_kernels.checks import (
 )
 from tq_kernels.codec import slot_offsets
 from tq_kernels.format import KVFormat
-from tq_kernels.ops.backend import portable_kernels
+from tq_kernels.ops.backend import check_slot_count, portable_kernels
 from tq_kernels.quantize import check_finite, encode_tokens
 
 __all__ = ["check_store", "store", "store_ref"]
@@ -90,7 +90,7 @@ def store(k: Tensor, v: Tensor, pages: Tensor, slot_mapping: Tensor, fmt: KVForm
     -----
     Codes are those of :func:`store_ref` but for coordinates of the unit vector within 2e-6 of a
     boundary; scales agree to one unit in the last place. Vectors whose largest magnitude is below
-    2**-112 may get other codes; their scale is zero.
+    1e-20 may get other codes; their scale is zero.
     """
     check_store(k, v, pages, slot_mapping, fmt)
     for name, tensor in (("k", k), ("v", v)):
@@ -106,6 +106,7 @@ def store(k: Tensor, v: Tensor, pages: Tensor, slot_mapping: Tensor, fmt: KVForm
             )
     if slot_mapping.numel() > 1 and slot_mapping.stride(0) != 1:
         raise TQError("slot_mapping is not contiguous: call .contiguous()")
+    check_slot_count(pages, fmt)
     kernels = portable_kernels("store", pages.device)
     if values_checked():
         limit = pages.shape[0] * fmt.page_size

@@ -14,7 +14,7 @@ from torch import Tensor
 from tq_kernels.aot import Variant
 from tq_kernels.codec import Kind
 from tq_kernels.format import KVFormat
-from tq_kernels.portable.fields import chunk_width, column_order, load_codes
+from tq_kernels.portable.fields import column_order, load_codes, token_places
 from tq_kernels.portable.rotation_tile import RotationParts, rotation_parts
 from tq_kernels.quantize import codebook_of
 
@@ -23,61 +23,47 @@ __all__ = ["dequantize"]
 
 @triton.jit
 def _decode_block(
-    pages, slots, out, matrix, table, order, count, step, rotation_factor,
+    pages, slots, out, matrix, table, order, count, step, factor,
     out_token_stride, out_head_stride, page_stride, record_stride,
     D: tl.constexpr, BITS: tl.constexpr, KEYS: tl.constexpr, PAGE: tl.constexpr,
-    PLANES: tl.constexpr, SCALE_OFFSET: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    PLANES: tl.constexpr, SCALES_AT: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
     CHUNK: tl.constexpr, PARTS: tl.constexpr, ROTATED: tl.constexpr,
 ):  # fmt: skip
     """Decode one block of slots of one head, keys or values."""
     head = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = row < count
-    slot = tl.load(slots + row, mask=inside, other=-1).to(tl.int64)
+    slot = tl.load(slots + row, mask=inside, other=-1).to(tl.int32)
     stored = slot >= 0
-    slot = tl.maximum(slot, 0)
-    inner = (slot % PAGE).to(tl.int32)
-    record = pages + slot // PAGE * page_stride + head * record_stride
-    place = (record + (SCALE_OFFSET + 2 * inner)).to(tl.pointer_type(tl.float16), bitcast=True)
+    low, high, place = token_places(
+        pages, slot, page_stride, head * record_stride, PLANES, SCALES_AT, D, BITS, KEYS, PAGE
+    )
     scale = tl.load(place, mask=stored, other=0.0).to(tl.float32)
-    FIRST: tl.constexpr = 2 if BITS == 3 else BITS
-    byte_stride: tl.constexpr = 1 if KEYS else 4
-    if KEYS:
-        low = record + (PLANES + inner * (D * FIRST // 8))
-        high = record + (PLANES + PAGE * D // 4 + inner * (D // 8))
-    else:
-        low = record + (PLANES + inner // 4 * (D * FIRST // 2) + inner % 4)
-        high = record + (PLANES + PAGE * D // 4 + inner // 4 * (D // 2) + inner % 4)
+    codes = load_codes(low, high, stored, WIDE, D, BITS, KEYS)
+    numbers = codes.to(tl.float32) - 127.5 if BITS == 8 else tl.load(table + codes)
     target = out + row.to(tl.int64) * out_token_stride + head * out_head_stride
-    dims = tl.arange(0, WIDE)
-    acc = tl.zeros([BLOCK, WIDE], tl.float32)
-    for start in range(0, D, CHUNK):
-        codes = load_codes(low, high, byte_stride, stored, start, CHUNK, D, BITS, KEYS)
-        numbers = codes.to(tl.float32) - 127.5 if BITS == 8 else tl.load(table + codes)
-        columns = start + tl.arange(0, CHUNK)
-        if ROTATED:
-            y = numbers.to(tl.float32) * (scale * step)[:, None]
-            at = tl.load(order + columns)
-            y = y.to(out.dtype.element_ty)
-            tl.store(target[:, None] + at[None, :], y, mask=inside[:, None])
-        else:
-            spot = matrix + columns[:, None] * D + dims[None, :]
-            known = (dims < D)[None, :]
-            first = tl.load(spot, mask=known, other=0.0)
-            acc = tl.dot(numbers.to(tl.float16), first, acc)
-            if PARTS == 2:
-                second = tl.load(spot + WIDE * D, mask=known, other=0.0)
-                acc = tl.dot(numbers.to(tl.float16), second, acc)
-    if not ROTATED:
-        x = acc * (scale * (step * rotation_factor))[:, None]
-        mask = inside[:, None] & (dims < D)[None, :]
-        tl.store(target[:, None] + dims[None, :], x.to(out.dtype.element_ty), mask=mask)
+    wide = tl.arange(0, WIDE)
+    if ROTATED:
+        at = tl.load(order + wide)
+        y = numbers.to(tl.float32) * (scale * step)[:, None]
+        mask = inside[:, None] if WIDE == D else inside[:, None] & (at >= 0)[None, :]
+        tl.store(target[:, None] + at[None, :], y.to(out.dtype.element_ty), mask=mask)
+    else:
+        numbers = numbers.to(tl.float16)
+        for start in range(0, D, CHUNK):
+            columns = start + tl.arange(0, CHUNK)
+            spot = matrix + wide[:, None] * D + columns[None, :]
+            x = tl.dot(numbers, tl.load(spot))
+            for n in tl.static_range(1, PARTS):
+                x = tl.dot(numbers, tl.load(spot + n * WIDE * D), x)
+            x = (x * (scale * (step * factor))[:, None]).to(out.dtype.element_ty)
+            tl.store(target[:, None] + columns[None, :], x, mask=inside[:, None])
 
 
 @triton.jit
 def dequantize_kernel(
     pages, slots, k_out, v_out, k_matrix, v_matrix, k_table, v_table, k_order, v_order,
-    count, k_step, v_step, rotation_factor,
+    count, k_step, v_step, factor,
     k_token_stride, k_head_stride, v_token_stride, v_head_stride, page_stride, record_stride,
     D: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, PAGE: tl.constexpr,
     BLOCK: tl.constexpr, WIDE: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr,
@@ -88,13 +74,13 @@ def dequantize_kernel(
     SCALES_AT: tl.constexpr = PAGE * D * (K_BITS + V_BITS) // 8
     if tl.program_id(2) == 0:
         _decode_block(
-            pages, slots, k_out, k_matrix, k_table, k_order, count, k_step, rotation_factor,
+            pages, slots, k_out, k_matrix, k_table, k_order, count, k_step, factor,
             k_token_stride, k_head_stride, page_stride, record_stride,
             D, K_BITS, True, PAGE, 0, SCALES_AT, BLOCK, WIDE, CHUNK, PARTS, ROTATED,
         )  # fmt: skip
     else:
         _decode_block(
-            pages, slots, v_out, v_matrix, v_table, v_order, count, v_step, rotation_factor,
+            pages, slots, v_out, v_matrix, v_table, v_order, count, v_step, factor,
             v_token_stride, v_head_stride, page_stride, record_stride,
             D, V_BITS, False, PAGE, V_PLANES, SCALES_AT + 2 * PAGE, BLOCK, WIDE, CHUNK, PARTS,
             ROTATED,
@@ -115,7 +101,7 @@ class _Side:
 def _side(fmt: KVFormat, kind: Kind, device: torch.device) -> _Side:
     book = codebook_of(fmt, kind)
     assert book.step is not None
-    order = column_order(kind, book.bits, fmt.head_dim, _chunk(fmt.head_dim))
+    order = column_order(kind, book.bits, fmt.head_dim)
     numbers = torch.zeros(16, dtype=torch.float16)
     if book.bits < 8:
         numbers[: 2**book.bits] = torch.from_numpy(book.centroids / book.step).half()
@@ -142,7 +128,7 @@ def _constexprs(fmt: KVFormat, block: int, rotated: bool, side: _Side) -> dict[s
 
 
 def _chunk(head_dim: int) -> int:
-    return chunk_width(head_dim, 64 if head_dim <= 128 else 32)
+    return min(head_dim & -head_dim, 64 if head_dim <= 128 else 32)
 
 
 def _block(count: int, heads: int, head_dim: int, rotated: bool) -> int:
@@ -212,8 +198,8 @@ def aot_variants() -> list[Variant]:
                     **dict.fromkeys(("k_matrix", "v_matrix", "k_table", "v_table"), "*fp16"),
                     **dict.fromkeys(("k_order", "v_order"), "*i32"),
                     "count": "i32",
-                    **dict.fromkeys(("k_step", "v_step", "rotation_factor"), "fp32"),
-                    **dict.fromkeys(strides, "i64"),
+                    **dict.fromkeys(("k_step", "v_step", "factor"), "fp32"),
+                    **dict.fromkeys(strides, "i32"),
                 },
                 constexprs=_constexprs(fmt, _block(count, 8, dim, rotated), rotated, side),
                 num_warps=4,

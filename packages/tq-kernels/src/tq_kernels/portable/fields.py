@@ -2,10 +2,10 @@
 """Codes of a tile to bytes and back, in plain Triton (``docs/format.md``, 4 and 5).
 
 A tile holds the codes of one token a row, ordered *by field*: with ``F`` codes a byte and ``n``
-bytes, column ``f n + i`` holds field ``f`` of byte ``i``. Bytes then form by combining the two
-halves of the columns, one bit of ``f`` at a time, which on tensor-core layouts stays inside a lane.
-The rotation matrix has its coordinates in this order (:func:`column_order`), so nothing is ever
-permuted. Columns come in chunks; each chunk is ordered by itself.
+bytes, padded to a power of two, column ``f n + i`` holds field ``f`` of byte ``i``. Bytes then form
+by combining the two halves of the columns, one bit of ``f`` at a time, which on tensor-core layouts
+stays inside a lane. The rotation matrix has its coordinates in this order (:func:`column_order`),
+so nothing is ever permuted.
 
 3 bits have a byte of the second plane for two of the first. Its fields decide the order: bit 2 of
 ``f`` is bit ``j mod 2`` of the nibble, and the others are ``n mod 4``; in the last 16 dimensions of
@@ -21,27 +21,18 @@ import triton.language as tl
 
 from tq_kernels.codec import PLANE_WIDTHS, Kind, field_dims
 
-__all__ = [
-    "chunk_width",
-    "column_order",
-    "load_codes",
-    "store_codes",
-]
-
-
-def chunk_width(dim: int, most: int) -> int:
-    """Columns a chunk: the largest power of two up to ``most`` that divides ``dim``."""
-    return min(dim & -dim, most)
+__all__ = ["column_order", "load_codes", "store_codes", "sum_products", "token_places"]
 
 
 @lru_cache(maxsize=256)
-def column_order(kind: Kind, bits: int, dim: int, chunk: int) -> tuple[int, ...]:
-    """Dimension of each column of the tiles of one token, chunk by chunk."""
+def column_order(kind: Kind, bits: int, dim: int) -> tuple[int, ...]:
+    """Dimension of each column of a tile, -1 for padding."""
     # the last plane has the most codes a byte, and so decides
     table = field_dims(kind, PLANE_WIDTHS[bits][-1], dim)
-    fields = table.shape[1]
-    parts = table.reshape(dim // chunk, chunk // fields, fields).transpose(1, 2)
-    return tuple(parts.flatten().tolist())
+    count = len(table)
+    width = triton.next_power_of_2(count)
+    rows = [[*column, *([-1] * (width - count))] for column in table.T.tolist()]
+    return tuple(dimension for row in rows for dimension in row)
 
 
 @triton.jit
@@ -65,103 +56,155 @@ def _combine(x, SHIFT: tl.constexpr):
 
 
 @triton.jit
-def _two_bytes(i, half, KEYS: tl.constexpr):
-    """Either byte of the plane of 2 bits that belongs to byte ``i`` of the plane of 1 bit."""
+def _two_bytes(i, D: tl.constexpr, KEYS: tl.constexpr):
+    """Two bytes of the first plane for byte ``i`` of the second, and whether it is in the tail."""
     if KEYS:
-        return i // 4 * 8 + 4 * half + i % 4
+        first = i // 4 * 8 + i % 4
+        second = first + 4
     else:
-        return 2 * i + half
+        first = 2 * i
+        second = first + 1
+    tail = i >= D // 8 - 2
+    if KEYS and D % 32 == 16:
+        at = i + (D - 16) // 8
+        first = tl.where(tail, at, first)
+        second = tl.where(tail, at + 2, second)
+    return first, second, tail
 
 
 @triton.jit
-def store_codes(
-    codes, low, high, byte_stride, mask, start,
-    D: tl.constexpr, BITS: tl.constexpr, KEYS: tl.constexpr,
-):  # fmt: skip
-    """Pack a chunk of codes int32 [block, columns] and store the bytes.
+def _places(base, at, mask, known, KEYS: tl.constexpr):
+    """Pointers and mask of bytes ``at`` of the tokens at ``base``.
 
-    ``low`` and ``high`` [block] point to the first byte of the token in either plane, ``start`` is
-    the first column of the chunk.
+    [tokens, bytes] for keys. For values [bytes / 8, tokens, 8]: so that a warp stores 8 bytes of
+    each token of a quad, which are neighbours in memory.
+    """
+    if KEYS:
+        place = base[:, None] + at[None, :]
+        inside = mask[:, None] & known[None, :]
+    else:
+        GROUP: tl.constexpr = 8 if at.shape[0] >= 8 else at.shape[0]
+        groups = tl.reshape(at, (at.shape[0] // GROUP, 1, GROUP))
+        place = base[None, :, None] + 4 * groups
+        known = tl.reshape(known, (at.shape[0] // GROUP, 1, GROUP))
+        inside = mask[None, :, None] & known
+    return place, inside
+
+
+@triton.jit
+def _store_bytes(base, at, data, mask, known, KEYS: tl.constexpr):
+    place, inside = _places(base, at, mask, known, KEYS)
+    data = data.to(tl.uint8)
+    if not KEYS:
+        grouped = tl.reshape(data, (place.shape[1], place.shape[0], place.shape[2]))
+        data = tl.permute(grouped, (1, 0, 2))
+    tl.store(place, data, mask=inside)
+
+
+@triton.jit
+def _load_bytes(base, at, mask, known, KEYS: tl.constexpr):
+    place, inside = _places(base, at, mask, known, KEYS)
+    data = tl.load(place, mask=inside, other=0)
+    if not KEYS:
+        data = tl.reshape(tl.permute(data, (1, 0, 2)), (base.shape[0], at.shape[0]))
+    return data.to(tl.int32)
+
+
+@triton.jit
+def store_codes(codes, low, high, mask, D: tl.constexpr, BITS: tl.constexpr, KEYS: tl.constexpr):
+    """Pack codes int32 [block, columns] and store the bytes.
+
+    ``low`` and ``high`` [block] point to the first byte of the token in either plane.
     """
     N: tl.constexpr = codes.shape[1]
-    if BITS == 8:
-        at = start + tl.arange(0, N)
-        tl.store(low[:, None] + at[None, :] * byte_stride, codes.to(tl.uint8), mask=mask[:, None])
-    elif BITS == 4:
-        at = start // 2 + tl.arange(0, N // 2)
-        data = _combine(codes, 4).to(tl.uint8)
-        tl.store(low[:, None] + at[None, :] * byte_stride, data, mask=mask[:, None])
-    elif BITS == 2:
-        at = start // 4 + tl.arange(0, N // 4)
-        data = _combine(_combine(codes, 4), 2).to(tl.uint8)
-        tl.store(low[:, None] + at[None, :] * byte_stride, data, mask=mask[:, None])
-    else:
-        e = tl.arange(0, N // 8)
+    if BITS == 3:
+        i = tl.arange(0, N // 8)
+        known = i < D // 8
         both = _combine((codes & 3) | ((codes & 4) << 14), 4)
         first, second = _halves(both)
-        third = _combine((first >> 16) | ((second >> 16) << 2), 1).to(tl.uint8)
-        place = high[:, None] + (start // 8 + e)[None, :] * byte_stride
-        tl.store(place, third, mask=mask[:, None])
+        third = _combine((first >> 16) | ((second >> 16) << 2), 1)
+        _store_bytes(high, i, third, mask, known, KEYS)
+        at_zero, at_one, tail = _two_bytes(i, D, KEYS)
         zero = _combine(first & 0xFFFF, 2)
         one = _combine(second & 0xFFFF, 2)
-        at_zero = _two_bytes(start // 8 + e, 0, KEYS)
-        at_one = _two_bytes(start // 8 + e, 1, KEYS)
         if KEYS and D % 32 == 16:
-            tail = start == D - 16
             tail_zero, tail_one = _halves((first & 0xFFFF) | ((second & 0xFFFF) << 2))
-            zero = tl.where(tail, tail_zero, zero)
-            one = tl.where(tail, tail_one, one)
-            at_zero = tl.where(tail, start // 4 + e, at_zero)
-            at_one = tl.where(tail, start // 4 + 2 + e, at_one)
-        place = low[:, None] + at_zero[None, :] * byte_stride
-        tl.store(place, zero.to(tl.uint8), mask=mask[:, None])
-        place = low[:, None] + at_one[None, :] * byte_stride
-        tl.store(place, one.to(tl.uint8), mask=mask[:, None])
+            zero = tl.where(tail[None, :], tail_zero, zero)
+            one = tl.where(tail[None, :], tail_one, one)
+        _store_bytes(low, at_zero, zero, mask, known, KEYS)
+        _store_bytes(low, at_one, one, mask, known, KEYS)
+    else:
+        i = tl.arange(0, N * BITS // 8)
+        if BITS == 8:
+            data = codes
+        elif BITS == 4:
+            data = _combine(codes, 4)
+        else:
+            data = _combine(_combine(codes, 4), 2)
+        _store_bytes(low, i, data, mask, i < D * BITS // 8, KEYS)
 
 
 @triton.jit
 def load_codes(
-    low, high, byte_stride, mask, start,
-    N: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, KEYS: tl.constexpr,
+    low, high, mask, N: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Invert :func:`store_codes`: codes int32 [block, N]."""
-    if BITS == 8:
-        at = start + tl.arange(0, N)
-        data = tl.load(low[:, None] + at[None, :] * byte_stride, mask=mask[:, None], other=0)
-        return data.to(tl.int32)
-    elif BITS == 4:
-        at = start // 2 + tl.arange(0, N // 2)
-        data = tl.load(low[:, None] + at[None, :] * byte_stride, mask=mask[:, None], other=0)
-        data = data.to(tl.int32)
-        return _join_halves(data & 15, data >> 4)
-    elif BITS == 2:
-        at = start // 4 + tl.arange(0, N // 4)
-        data = tl.load(low[:, None] + at[None, :] * byte_stride, mask=mask[:, None], other=0)
-        data = data.to(tl.int32)
-        data = _join_halves(data & 0x33, (data >> 2) & 0x33)
-        return _join_halves(data & 15, data >> 4)
-    else:
-        e = tl.arange(0, N // 8)
-        place = high[:, None] + (start // 8 + e)[None, :] * byte_stride
-        third = tl.load(place, mask=mask[:, None], other=0).to(tl.int32)
+    """Invert :func:`store_codes`: codes int32 [block, N], zero where nothing is stored."""
+    if BITS == 3:
+        i = tl.arange(0, N // 8)
+        known = i < D // 8
+        third = _load_bytes(high, i, mask, known, KEYS)
         third = _join_halves(third & 0x55, (third >> 1) & 0x55)
-        at_zero = _two_bytes(start // 8 + e, 0, KEYS)
-        at_one = _two_bytes(start // 8 + e, 1, KEYS)
-        if KEYS and D % 32 == 16:
-            tail = start == D - 16
-            at_zero = tl.where(tail, start // 4 + e, at_zero)
-            at_one = tl.where(tail, start // 4 + 2 + e, at_one)
-        place = low[:, None] + at_zero[None, :] * byte_stride
-        zero = tl.load(place, mask=mask[:, None], other=0).to(tl.int32)
-        place = low[:, None] + at_one[None, :] * byte_stride
-        one = tl.load(place, mask=mask[:, None], other=0).to(tl.int32)
+        at_zero, at_one, tail = _two_bytes(i, D, KEYS)
+        zero = _load_bytes(low, at_zero, mask, known, KEYS)
+        one = _load_bytes(low, at_one, mask, known, KEYS)
         first = _join_halves(zero & 0x33, (zero >> 2) & 0x33)
         second = _join_halves(one & 0x33, (one >> 2) & 0x33)
         if KEYS and D % 32 == 16:
             data = _join_halves(zero, one)
-            first = tl.where(tail, data & 0x33, first)
-            second = tl.where(tail, (data >> 2) & 0x33, second)
-        first = first | ((third & 0x11) << 2)
-        second = second | (third & 0x44)
-        data = _join_halves(first, second)
+            at_tail = _join_halves(tail[None, :].to(tl.int32), tail[None, :].to(tl.int32)) != 0
+            first = tl.where(at_tail, data & 0x33, first)
+            second = tl.where(at_tail, (data >> 2) & 0x33, second)
+        data = _join_halves(first | ((third & 0x11) << 2), second | (third & 0x44))
         return _join_halves(data & 15, data >> 4)
+    else:
+        i = tl.arange(0, N * BITS // 8)
+        data = _load_bytes(low, i, mask, i < D * BITS // 8, KEYS)
+        if BITS == 2:
+            data = _join_halves(data & 0x33, (data >> 2) & 0x33)
+        if BITS < 8:
+            data = _join_halves(data & 15, data >> 4)
+        return data
+
+
+@triton.jit
+def token_places(
+    pages, slot, page_stride, head_offset, PLANES: tl.constexpr, SCALES_AT: tl.constexpr,
+    D: tl.constexpr, BITS: tl.constexpr, KEYS: tl.constexpr, PAGE: tl.constexpr,
+):  # fmt: skip
+    """First byte of the token of each slot in either plane, and its scale."""
+    inner = slot % PAGE
+    record = pages + (slot // PAGE).to(tl.int64) * page_stride + head_offset
+    WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
+    if KEYS:
+        low = record + (PLANES + inner * (D * WIDTH // 8))
+        high = record + (PLANES + PAGE * D // 4 + inner * (D // 8))
+    else:
+        low = record + (PLANES + inner // 4 * (D * WIDTH // 2) + inner % 4)
+        high = record + (PLANES + PAGE * D // 4 + inner // 4 * (D // 2) + inner % 4)
+    scale = (record + (SCALES_AT + 2 * inner)).to(tl.pointer_type(tl.float16), bitcast=True)
+    return low, high, scale
+
+
+@triton.jit
+def sum_products(a, b):
+    """Sum of ``a * b`` over the columns, with a multiply-add for most of them."""
+    if a.shape[1] >= 64:
+        a0, a1 = _halves(a)
+        b0, b1 = _halves(b)
+        a00, a01 = _halves(a0)
+        a10, a11 = _halves(a1)
+        b00, b01 = _halves(b0)
+        b10, b11 = _halves(b1)
+        return tl.sum(a00 * b00 + a01 * b01 + a10 * b10 + a11 * b11, 1)
+    else:
+        return tl.sum(a * b, 1)

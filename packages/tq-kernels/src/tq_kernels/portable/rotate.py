@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -10,8 +12,7 @@ from torch import Tensor
 
 from tq_kernels.aot import Variant
 from tq_kernels.format import KVFormat
-from tq_kernels.portable.fields import chunk_width
-from tq_kernels.portable.rotation_tile import rotate_tile, rotation_parts, to_half_range
+from tq_kernels.portable.rotation_tile import RotationParts, rotate_rows, rotation_parts, step_width
 
 __all__ = ["rotate"]
 
@@ -19,32 +20,31 @@ __all__ = ["rotate"]
 @triton.jit
 def rotate_kernel(
     x, matrix, out, total, factor, x_stride, out_stride,
-    D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
+    D: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
     PARTS: tl.constexpr,
 ):  # fmt: skip
     """``out`` [total, D] is ``x`` times the matrix; a program takes ``BLOCK`` rows."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = row < total
-    dims = tl.arange(0, ROWS)
-    mask = inside[:, None] if ROWS == D else inside[:, None] & (dims < D)[None, :]
-    source = x + row.to(tl.int64) * x_stride
-    given = tl.load(source[:, None] + dims[None, :], mask=mask, other=0.0)
-    wide, unit = to_half_range(given, given.dtype == tl.float16)
+    rows = x + row.to(tl.int64) * x_stride
+    y, unit = rotate_rows(rows, inside, matrix, BLOCK, D, COLUMNS, STEP, PARTS)
+    y = y * factor * unit[:, None]
+    columns = tl.arange(0, COLUMNS)
     target = out + row.to(tl.int64) * out_stride
-    for start in range(0, D, CHUNK):
-        columns = start + tl.arange(0, CHUNK)
-        y = rotate_tile(wide, matrix, columns, ROWS, D, PARTS, given.dtype == tl.float32)
-        y = y * factor * unit[:, None]
-        place = target[:, None] + columns[None, :]
-        tl.store(place, y.to(out.dtype.element_ty), mask=inside[:, None])
+    mask = inside[:, None] & (columns < D)[None, :]
+    tl.store(target[:, None] + columns[None, :], y.to(out.dtype.element_ty), mask=mask)
 
 
 def _block(total: int, head_dim: int) -> int:
     return 64 if total > 4096 and head_dim <= 128 else 16
 
 
-def _chunk(head_dim: int) -> int:
-    return chunk_width(head_dim, 64 if head_dim <= 128 else 32)
+@lru_cache(maxsize=256)
+def _parts(fmt: KVFormat, device: torch.device, inverse: bool, dtype: torch.dtype) -> RotationParts:
+    """The matrix, with its columns padded to a power of two."""
+    parts = rotation_parts(fmt, device, inverse, dtype=dtype)
+    padding = triton.next_power_of_2(fmt.head_dim) - fmt.head_dim
+    return RotationParts(torch.nn.functional.pad(parts.matrix, (0, padding)), parts.factor)
 
 
 def rotate(x: Tensor, out: Tensor, fmt: KVFormat, inverse: bool = False) -> None:
@@ -55,12 +55,12 @@ def rotate(x: Tensor, out: Tensor, fmt: KVFormat, inverse: bool = False) -> None
     total, dim = x.shape
     if total == 0:
         return
-    parts = rotation_parts(fmt, x.device, inverse)
+    parts = _parts(fmt, x.device, inverse, x.dtype)
     block = _block(total, dim)
     rotate_kernel[(triton.cdiv(total, block),)](
         x, parts.matrix, out, total, parts.factor, x.stride(0), out.stride(0),
-        D=dim, BLOCK=block, ROWS=triton.next_power_of_2(dim), CHUNK=_chunk(dim),
-        PARTS=parts.parts, num_warps=4, num_stages=2,
+        D=dim, BLOCK=block, COLUMNS=triton.next_power_of_2(dim),
+        STEP=step_width(dim), PARTS=parts.parts, num_warps=4, num_stages=2,
     )  # fmt: skip
 
 
@@ -74,23 +74,24 @@ def aot_variants() -> list[Variant]:
         (192, "fp16", 8192, False),
         (256, "fp32", 8192, False),
     ):
-        parts = rotation_parts(KVFormat(dim), torch.device("cpu"))
+        torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(dtype, torch.float32)
+        parts = _parts(KVFormat(dim), torch.device("cpu"), False, torch_dtype)
         found.append(
             Variant(
                 name=f"d{dim}-{dtype}-rows{total}",
                 kernel=rotate_kernel,
                 signature={
                     **dict.fromkeys(("x", "out"), f"*{dtype}"),
-                    "matrix": "*fp16",
+                    "matrix": "*bf16" if dtype == "bf16" else "*fp16",
                     "total": "i32",
                     "factor": "fp32",
-                    **dict.fromkeys(("x_stride", "out_stride"), "i64"),
+                    **dict.fromkeys(("x_stride", "out_stride"), "i32"),
                 },
                 constexprs={
                     "D": dim,
                     "BLOCK": _block(total, dim),
-                    "ROWS": triton.next_power_of_2(dim),
-                    "CHUNK": _chunk(dim),
+                    "COLUMNS": triton.next_power_of_2(dim),
+                    "STEP": step_width(dim),
                     "PARTS": parts.parts,
                 },
                 num_warps=4,

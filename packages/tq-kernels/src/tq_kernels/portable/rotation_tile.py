@@ -1,10 +1,11 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 """Rotation of a tile of vectors on tensor cores, to about the precision of float32.
 
-The matrix is ``factor`` times one or two fp16 matrices. Hadamard rotations of a power-of-two size
-are integers times a constant and mostly need one; otherwise the second holds what the first one's
-rounding left. Vectors are brought to the range of fp16 by powers of two: 16-bit inputs are then
-exact, and float32 is split like the matrix. Products are exact and sums are float32.
+The matrix is ``factor`` times the sum of a few 16-bit matrices, each of which holds what rounding
+left of those before it. Hadamard rotations of a power-of-two size are integers times a constant,
+mostly one fp16 or two bf16 matrices without any error. fp16 and bf16 vectors enter as they are;
+float32 vectors are brought to the range of fp16 by powers of two and split like the matrix.
+Products are exact and sums are float32.
 """
 
 from __future__ import annotations
@@ -16,10 +17,15 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
 
 from tq_kernels.format import KVFormat
 
-__all__ = ["RotationParts", "rotate_tile", "rotation_parts", "to_half_range"]
+__all__ = ["RotationParts", "rotate_rows", "rotation_parts", "step_width"]
+
+
+#: The interpreter multiplies the bits of bf16 numbers as integers.
+_WIDEN = tl.constexpr(bool(knobs.runtime.interpret))
 
 
 @dataclass(frozen=True)
@@ -28,8 +34,7 @@ class RotationParts:
 
     Attributes
     ----------
-    matrix : fp16 tensor [parts, rows, columns]
-        Rows are padded with zeros to a power of two.
+    matrix : fp16 or bf16 tensor [parts, rows, columns]
     factor : float
         The sum of the parts times this is the matrix.
     """
@@ -39,7 +44,7 @@ class RotationParts:
 
     @property
     def parts(self) -> int:
-        """1 if one fp16 matrix is exact, else 2."""
+        """1 if one matrix is exact, at most 2 of fp16 and 3 of bf16."""
         return self.matrix.shape[0]
 
 
@@ -49,68 +54,87 @@ def rotation_parts(
     device: torch.device,
     inverse: bool = False,
     order: tuple[int, ...] | None = None,
+    dtype: torch.dtype = torch.float16,
 ) -> RotationParts:
-    """Matrix ``M`` with ``y = x M`` for rows ``x``, in fp16 parts; cached, do not write to it.
+    """Matrix ``M`` with ``y = x M`` for rows ``x``, in 16-bit parts; cached, do not write to it.
 
     Parameters
     ----------
     order : tuple of int, optional
-        Permutation of the rotated coordinates: the columns of ``M`` if it rotates, its rows if it
-        rotates back.
+        Which rotated coordinate is where, -1 for padding by zeros: in the columns of ``M`` if it
+        rotates, in its rows if it rotates back.
+    dtype : torch.dtype
+        That of the vectors; the parts are bf16 for bf16 and else fp16.
     """
     dim = fmt.head_dim
-    rotated = fmt.rotation_matrix(dtype=torch.float64)
-    if order is not None:
-        rotated = rotated[list(order)]
-    exact = rotated if inverse else rotated.T
     integers = fmt.rotation == "hadamard" and dim & (dim - 1) == 0
     factor = float(dim) ** (-fmt.rounds / 2) if integers else 2.0**-11
-    scaled = exact / factor
+    scaled = fmt.rotation_matrix(dtype=torch.float64) / factor
     if integers:
         scaled = scaled.round()
-    rows = triton.next_power_of_2(dim)
-    parts = torch.zeros(2, rows, dim, dtype=torch.float16)
-    parts[0, :dim] = scaled.to(torch.float16)
-    parts[1, :dim] = (scaled - parts[0, :dim].double()).to(torch.float16)
-    kept = parts if bool(parts[1].any()) else parts[:1]
-    return RotationParts(kept.contiguous().to(device), factor)
+    if order is not None:
+        padded = torch.cat((scaled, torch.zeros(1, dim, dtype=torch.float64)))
+        scaled = padded[list(order)]
+    if not inverse:
+        scaled = scaled.T
+    part_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float16
+    parts: list[Tensor] = []
+    while bool(scaled.any()) and len(parts) < (3 if part_dtype == torch.bfloat16 else 2):
+        parts.append(scaled.to(part_dtype))
+        scaled = scaled - parts[-1].double()
+    return RotationParts(torch.stack(parts).contiguous().to(device), factor)
+
+
+def step_width(dim: int) -> int:
+    """Coordinates of the vectors that :func:`rotate_rows` takes at a time."""
+    lowest = dim & -dim
+    return min(lowest, 64 if lowest == dim else 32)
 
 
 @triton.jit
-def to_half_range(x, NARROW: tl.constexpr):
-    """Bring each row to the range of fp16: the scaled row in float32, and what it was divided by.
-
-    ``NARROW``: the input is fp16 and stays as it is. Else the largest magnitude of a row comes into
-    [2**14, 2**15), but rows below 2**-112 are multiplied by 2**126 only.
-    """
-    wide = x.to(tl.float32)
-    if NARROW:
-        unit = tl.full([x.shape[0]], 1.0, tl.float32)
+def _dot(x, part, y):
+    if _WIDEN and x.dtype == tl.bfloat16:
+        return tl.dot(x.to(tl.float32), part.to(tl.float32), y, input_precision="ieee")
     else:
-        top = tl.max(tl.abs(wide), 1).to(tl.int32, bitcast=True)
-        exponent = tl.minimum(tl.maximum(top >> 23, 15), 254)
-        wide = wide * ((268 - exponent) << 23).to(tl.float32, bitcast=True)[:, None]
-        unit = ((exponent - 14) << 23).to(tl.float32, bitcast=True)
-    return wide, unit
+        return tl.dot(x, part, y)
 
 
 @triton.jit
-def rotate_tile(
-    wide, matrix, columns,
-    ROWS: tl.constexpr, STRIDE: tl.constexpr, PARTS: tl.constexpr, SPLIT: tl.constexpr,
+def rotate_rows(
+    rows, mask, matrix,
+    BLOCK: tl.constexpr, D: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
-    """``wide @ matrix[:, columns]`` without the factor, float32.
+    """Rotate vectors of D numbers that ``rows`` [BLOCK] point to, zero where masked.
 
-    ``wide`` float32 [block, ROWS] is in the range of fp16; ``matrix`` fp16 [PARTS, ROWS, STRIDE].
-    ``SPLIT``: ``wide`` holds more bits than fp16 does.
+    ``matrix`` [PARTS, D, COLUMNS]. Returns ``y`` float32 [BLOCK, COLUMNS] and ``unit`` [BLOCK]: the
+    product is their product times the factor of the matrix.
     """
-    high = wide.to(tl.float16)
-    rows = tl.arange(0, ROWS)
-    place = matrix + rows[:, None] * STRIDE + columns[None, :]
-    first = tl.load(place)
-    y = tl.dot(high, first)
-    if SPLIT:
-        y = tl.dot((wide - high.to(tl.float32)).to(tl.float16), first, y)
-    if PARTS == 2:
-        y = tl.dot(high, tl.load(place + ROWS * STRIDE), y)
-    return y
+    WIDE: tl.constexpr = rows.dtype.element_ty == tl.float32
+    columns = tl.arange(0, COLUMNS)
+    unit = tl.full([BLOCK], 1.0, tl.float32)
+    inverse = unit
+    if WIDE:
+        # The largest magnitude goes to [2**14, 2**15); below 2**-112 it is only raised by 2**126.
+        top = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, D, STEP):
+            dims = start + tl.arange(0, STEP)
+            x = tl.load(rows[:, None] + dims[None, :], mask=mask[:, None], other=0.0)
+            top = tl.maximum(top, tl.max(tl.abs(x), 1))
+        exponent = tl.minimum(tl.maximum(top.to(tl.int32, bitcast=True) >> 23, 15), 254)
+        inverse = ((268 - exponent) << 23).to(tl.float32, bitcast=True)
+        unit = ((exponent - 14) << 23).to(tl.float32, bitcast=True)
+    y = tl.zeros([BLOCK, COLUMNS], tl.float32)
+    for start in range(0, D, STEP):
+        dims = start + tl.arange(0, STEP)
+        x = tl.load(rows[:, None] + dims[None, :], mask=mask[:, None], other=0.0)
+        place = matrix + dims[:, None] * COLUMNS + columns[None, :]
+        part = tl.load(place)
+        if WIDE:
+            scaled = x * inverse[:, None]
+            x = scaled.to(tl.float16)
+            y = _dot((scaled - x.to(tl.float32)).to(tl.float16), part, y)
+        y = _dot(x, part, y)
+        for n in tl.static_range(1, PARTS):
+            y = _dot(x, tl.load(place + n * D * COLUMNS), y)
+    return y, unit

@@ -1,10 +1,9 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 """Store: scale, rotation, quantization, packing and scatter of keys and values in one launch.
 
-A program takes a block of tokens of one head, keys or values. Rotated coordinates come in chunks
-of columns. Up to 4 bits a coordinate in units of half a step is rounded down to an integer, which
-no boundary lies strictly between, and looked up in a table that holds centroid and code in one
-word; 8-bit codes are that integer. The sums that the scale needs are taken on the way.
+A program takes a block of tokens of one head, keys or values. Up to 4 bits a coordinate in units
+of half a step is rounded down to an integer, which no boundary lies strictly between, and looked up
+in a table that holds centroid and code in one word; 8-bit codes are that integer.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ from torch import Tensor
 from tq_kernels.aot import Variant
 from tq_kernels.codec import Kind
 from tq_kernels.format import KVFormat
-from tq_kernels.portable.fields import chunk_width, column_order, store_codes
+from tq_kernels.portable.fields import column_order, store_codes, sum_products, token_places
 from tq_kernels.portable.rotation_tile import (
     RotationParts,
-    rotate_tile,
+    rotate_rows,
     rotation_parts,
-    to_half_range,
+    step_width,
 )
 from tq_kernels.quantize import codebook_of
 
@@ -42,115 +41,102 @@ _DOWN_8_BITS = tl.constexpr(127.5 + 2.0**-17)
 
 @triton.jit
 def _encode_block(
-    x, pages, slots, matrix, table, tokens, step, rotation_factor,
+    x, pages, slots, matrix, table, tokens, step, factor,
     x_token_stride, x_head_stride, page_stride, record_stride,
     D: tl.constexpr, BITS: tl.constexpr, KEYS: tl.constexpr, PAGE: tl.constexpr,
-    PLANES: tl.constexpr, SCALE_OFFSET: tl.constexpr, SCALE: tl.constexpr,
-    BLOCK: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr,
+    PLANES: tl.constexpr, SCALES_AT: tl.constexpr, SCALE: tl.constexpr,
+    BLOCK: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, PARTS: tl.constexpr,
+    TABLE: tl.constexpr,
 ):  # fmt: skip
     """Quantize and store one block of tokens of one head, keys or values."""
     head = tl.program_id(1).to(tl.int64)
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    slot = tl.load(slots + token, mask=token < tokens, other=-1).to(tl.int64)
+    slot = tl.load(slots + token, mask=token < tokens, other=-1).to(tl.int32)
     mask = slot >= 0
-    slot = tl.maximum(slot, 0)
-    dims = tl.arange(0, ROWS)
-    source = x + token.to(tl.int64) * x_token_stride + head * x_head_stride
-    inside = mask[:, None] if ROWS == D else mask[:, None] & (dims < D)[None, :]
-    given = tl.load(source[:, None] + dims[None, :], mask=inside, other=0.0)
-    wide, unit = to_half_range(given, given.dtype == tl.float16)
-    norm = tl.sqrt(tl.sum(wide * wide, 1))
+    rows = x + token.to(tl.int64) * x_token_stride + head * x_head_stride
+    y, unit = rotate_rows(rows, mask, matrix, BLOCK, D, COLUMNS, STEP, PARTS)
+    norm = tl.sqrt(sum_products(y, y))
     safe = tl.where(norm == 0.0, 1.0, norm)
-
-    inner = (slot % PAGE).to(tl.int32)
-    record = pages + slot // PAGE * page_stride + head * record_stride
-    WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
-    byte_stride: tl.constexpr = 1 if KEYS else 4
-    if KEYS:
-        low = record + (PLANES + inner * (D * WIDTH // 8))
-        high = record + (PLANES + PAGE * D // 4 + inner * (D // 8))
+    if BITS == 8:
+        at = y * (1.0 / (safe * step))[:, None] + _DOWN_8_BITS
+        rounded = tl.minimum(tl.maximum(at, 0.0), 255.0) + _ROUND
+        codes = rounded.to(tl.int32, bitcast=True) & 255
+        c = (rounded - _ROUND) - 127.5
     else:
-        low = record + (PLANES + inner // 4 * (D * WIDTH // 2) + inner % 4)
-        high = record + (PLANES + PAGE * D // 4 + inner // 4 * (D // 2) + inner % 4)
+        at = y * (2.0 / (safe * step))[:, None] + _DOWN
+        if TABLE == 256:
+            at = tl.minimum(tl.maximum(at, -128.0), 127.0)
+        index = (at + _ROUND).to(tl.int32, bitcast=True) & (TABLE - 1)
+        words = tl.load(table + tl.arange(0, TABLE))
+        entry = tl.gather(words, tl.reshape(index, (BLOCK * COLUMNS,)), 0)
+        entry = tl.reshape(entry, (BLOCK, COLUMNS))
+        codes = entry & 15
+        # with the code in its lowest bits, which changes it by a millionth
+        c = entry.to(tl.float32, bitcast=True)
+    if COLUMNS > D:
+        # columns come by field: of the bytes of a field the last ones are padding
+        FIELDS: tl.constexpr = 8 if BITS == 3 else 8 // BITS
+        byte = tl.arange(0, COLUMNS) % (COLUMNS // FIELDS)
+        c = tl.where((byte < D // FIELDS)[None, :], c, 0.0)
 
-    dot_yc = tl.zeros([BLOCK], tl.float32)
-    dot_cc = tl.zeros([BLOCK], tl.float32)
-    if BITS < 8:
-        values = tl.load(table + tl.arange(0, 256))
-    for start in range(0, D, CHUNK):
-        y = rotate_tile(
-            wide, matrix, start + tl.arange(0, CHUNK), ROWS, D, PARTS,
-            given.dtype == tl.float32,
-        )  # fmt: skip
-        if BITS == 8:
-            at = y * (rotation_factor / (safe * step))[:, None] + _DOWN_8_BITS
-            rounded = tl.minimum(tl.maximum(at, 0.0), 255.0) + _ROUND
-            codes = rounded.to(tl.int32, bitcast=True) & 255
-            c = (rounded - _ROUND) - 127.5
-        else:
-            at = y * (2.0 * rotation_factor / (safe * step))[:, None] + _DOWN
-            at = tl.minimum(tl.maximum(at, -128.0), 127.0) + _ROUND
-            index = at.to(tl.int32, bitcast=True) & 255
-            flat = tl.reshape(index, (BLOCK * CHUNK,))
-            entry = tl.reshape(tl.gather(values, flat, 0), (BLOCK, CHUNK))
-            codes = entry & 15
-            c = (entry & -16).to(tl.float32, bitcast=True)
-        dot_yc += tl.sum(y * c, 1)
-        dot_cc += tl.sum(c * c, 1)
-        store_codes(codes, low, high, byte_stride, mask, start, D, BITS, KEYS)
+    low, high, place = token_places(
+        pages, slot, page_stride, head * record_stride, PLANES, SCALES_AT, D, BITS, KEYS, PAGE
+    )
+    store_codes(codes, low, high, mask, D, BITS, KEYS)
 
     if SCALE == 0:
-        scale = dot_yc * rotation_factor / (dot_cc * step)
+        scale = sum_products(y, c) * factor / (sum_products(c, c) * step)
     elif SCALE == 1:
-        scale = norm / (tl.sqrt(dot_cc) * step)
+        scale = norm * factor / (tl.sqrt(sum_products(c, c)) * step)
     elif SCALE == 2:
-        dot_yc = tl.where(norm == 0.0, 1.0, dot_yc * rotation_factor)
-        scale = norm * (norm / (dot_yc * step))
+        scale = norm * (norm / (tl.where(norm == 0.0, 1.0, sum_products(y, c)) * step)) * factor
     else:
-        scale = norm
-    place = (record + (SCALE_OFFSET + 2 * inner)).to(tl.pointer_type(tl.float16), bitcast=True)
+        scale = norm * factor
     tl.store(place, (scale * unit).to(tl.float16), mask=mask)
 
 
 @triton.jit
 def store_kernel(
-    k, v, pages, slots, k_matrix, v_matrix, k_table, v_table,
-    tokens, k_step, v_step, rotation_factor,
+    k, v, pages, slots, k_matrix, v_matrix, k_table, v_table, tokens, k_step, v_step, factor,
     k_token_stride, k_head_stride, v_token_stride, v_head_stride, page_stride, record_stride,
     D: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, PAGE: tl.constexpr,
-    SCALE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
-    PARTS: tl.constexpr,
+    SCALE: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
+    PARTS: tl.constexpr, K_TABLE: tl.constexpr, V_TABLE: tl.constexpr,
 ):  # fmt: skip
     """Store a block of tokens; the grid is [blocks of tokens, KV heads, (keys, values)]."""
     V_PLANES: tl.constexpr = PAGE * D * K_BITS // 8
     SCALES_AT: tl.constexpr = PAGE * D * (K_BITS + V_BITS) // 8
     if tl.program_id(2) == 0:
         _encode_block(
-            k, pages, slots, k_matrix, k_table, tokens, k_step, rotation_factor,
+            k, pages, slots, k_matrix, k_table, tokens, k_step, factor,
             k_token_stride, k_head_stride, page_stride, record_stride,
-            D, K_BITS, True, PAGE, 0, SCALES_AT, SCALE, BLOCK, ROWS, CHUNK, PARTS,
+            D, K_BITS, True, PAGE, 0, SCALES_AT, SCALE, BLOCK, COLUMNS, STEP, PARTS, K_TABLE,
         )  # fmt: skip
     else:
         _encode_block(
-            v, pages, slots, v_matrix, v_table, tokens, v_step, rotation_factor,
+            v, pages, slots, v_matrix, v_table, tokens, v_step, factor,
             v_token_stride, v_head_stride, page_stride, record_stride,
-            D, V_BITS, False, PAGE, V_PLANES, SCALES_AT + 2 * PAGE, SCALE, BLOCK, ROWS, CHUNK,
-            PARTS,
+            D, V_BITS, False, PAGE, V_PLANES, SCALES_AT + 2 * PAGE, SCALE, BLOCK, COLUMNS, STEP,
+            PARTS, V_TABLE,
         )  # fmt: skip
 
 
 @lru_cache(maxsize=64)
 def code_table(fmt: KVFormat, kind: Kind, device: torch.device) -> Tensor:
-    """int32 [256]: the bits of ``centroid / step`` in float32, with the code in the lowest four.
+    """int32 table: the bits of ``centroid / step`` in float32, with the code in the lowest four.
 
-    Entry ``i`` modulo 256, from -128 to 127, is that of coordinates from ``i`` to ``i + 1`` half
-    steps. No boundary is further out.
+    Entry ``i`` modulo the size is that of coordinates from ``i`` to ``i + 1`` half steps. With 1024
+    entries and more all coordinates of unit vectors are in it; with 256 those from -128 to 127,
+    beyond which no boundary is, and coordinates have to be clamped.
     """
     book = codebook_of(fmt, kind)
     assert book.step is not None
     if book.bits == 8:
         return torch.zeros(256, dtype=torch.int32, device=device)
-    centres = (torch.arange(256) + 128) % 256 - 127.5
+    size = 2 * triton.next_power_of_2(int(2.0 / book.step) + 4)
+    if size not in (1024, 2048):
+        size = 256
+    centres = (torch.arange(size) + size // 2) % size - (size // 2 - 0.5)
     boundaries = torch.from_numpy(book.boundaries / (0.5 * book.step)).round()
     codes = torch.bucketize(centres.double(), boundaries)
     numbers = torch.from_numpy(book.centroids / book.step).float()
@@ -159,19 +145,18 @@ def code_table(fmt: KVFormat, kind: Kind, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class StoreShape:
-    """How a launch is cut: tokens a program, columns a chunk, warps and pipeline stages."""
+    """How a launch is cut: tokens a program, warps and pipeline stages."""
 
     block: int
-    chunk: int
     num_warps: int
     num_stages: int = 2
 
     @staticmethod
-    def of(tokens: int, heads: int, head_dim: int, itemsize: int) -> StoreShape:
+    def of(tokens: int, heads: int, head_dim: int) -> StoreShape:
         """Many small programs for few tokens, else large ones that load the matrix less often."""
         if tokens * heads <= 8192:
-            return StoreShape(16, 64, 4)
-        return StoreShape(128 if head_dim in (16, 32, 64, 128) and itemsize == 2 else 64, 32, 8)
+            return StoreShape(16, 4)
+        return StoreShape(64 if head_dim in (16, 32, 64, 128) else 32, 4)
 
 
 @dataclass(frozen=True)
@@ -182,23 +167,20 @@ class _Constants:
     v_table: Tensor
     k_step: float
     v_step: float
-    chunk: int
 
 
 @lru_cache(maxsize=256)
-def _constants(fmt: KVFormat, device: torch.device, most: int) -> _Constants:
-    chunk = chunk_width(fmt.head_dim, most)
-    k_order = column_order("k", fmt.k_bits, fmt.head_dim, chunk)
-    v_order = column_order("v", fmt.v_bits, fmt.head_dim, chunk)
+def _constants(fmt: KVFormat, device: torch.device, dtype: torch.dtype) -> _Constants:
+    k_order = column_order("k", fmt.k_bits, fmt.head_dim)
+    v_order = column_order("v", fmt.v_bits, fmt.head_dim)
     assert fmt.k_codebook.step is not None and fmt.v_codebook.step is not None
     return _Constants(
-        rotation_parts(fmt, device, order=k_order),
-        rotation_parts(fmt, device, order=v_order),
+        rotation_parts(fmt, device, order=k_order, dtype=dtype),
+        rotation_parts(fmt, device, order=v_order, dtype=dtype),
         code_table(fmt, "k", device),
         code_table(fmt, "v", device),
         fmt.k_codebook.step,
         fmt.v_codebook.step,
-        chunk,
     )
 
 
@@ -210,9 +192,11 @@ def _constexprs(fmt: KVFormat, shape: StoreShape, constants: _Constants) -> dict
         "PAGE": fmt.page_size,
         "SCALE": SCALES[fmt.scale],
         "BLOCK": shape.block,
-        "ROWS": triton.next_power_of_2(fmt.head_dim),
-        "CHUNK": constants.chunk,
+        "COLUMNS": triton.next_power_of_2(fmt.head_dim),
+        "STEP": step_width(fmt.head_dim),
         "PARTS": constants.k_rotation.parts,
+        "K_TABLE": constants.k_table.numel(),
+        "V_TABLE": constants.v_table.numel(),
     }
 
 
@@ -233,8 +217,8 @@ def store(
     if tokens == 0 or heads == 0:
         return
     if shape is None:
-        shape = StoreShape.of(tokens, heads, fmt.head_dim, k.element_size())
-    c = _constants(fmt, k.device, shape.chunk)
+        shape = StoreShape.of(tokens, heads, fmt.head_dim)
+    c = _constants(fmt, k.device, k.dtype)
     store_kernel[(triton.cdiv(tokens, shape.block), heads, 2)](
         k, v, pages, slot_mapping,
         c.k_rotation.matrix, c.v_rotation.matrix, c.k_table, c.v_table,
@@ -260,7 +244,10 @@ def aot_variants() -> list[Variant]:
     found = []
     for dim, k_bits, v_bits, dtype, tokens, quick in cases:
         fmt = KVFormat(dim, k_bits, v_bits)
-        shape = StoreShape.of(tokens, 8, dim, 4 if dtype == "fp32" else 2)
+        shape = StoreShape.of(tokens, 8, dim)
+        torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(dtype, torch.float32)
+        constants = _constants(fmt, torch.device("cpu"), torch_dtype)
+        parts = "*bf16" if dtype == "bf16" else "*fp16"
         found.append(
             Variant(
                 name=f"d{dim}-k{k_bits}v{v_bits}-{dtype}-tokens{tokens}",
@@ -269,15 +256,13 @@ def aot_variants() -> list[Variant]:
                     **dict.fromkeys(("k", "v"), f"*{dtype}"),
                     "pages": "*u8",
                     "slots": "*i64",
-                    **dict.fromkeys(("k_matrix", "v_matrix"), "*fp16"),
+                    **dict.fromkeys(("k_matrix", "v_matrix"), parts),
                     **dict.fromkeys(("k_table", "v_table"), "*i32"),
                     "tokens": "i32",
-                    **dict.fromkeys(("k_step", "v_step", "rotation_factor"), "fp32"),
-                    **dict.fromkeys(strides, "i64"),
+                    **dict.fromkeys(("k_step", "v_step", "factor"), "fp32"),
+                    **dict.fromkeys(strides, "i32"),
                 },
-                constexprs=_constexprs(
-                    fmt, shape, _constants(fmt, torch.device("cpu"), shape.chunk)
-                ),
+                constexprs=_constexprs(fmt, shape, constants),
                 num_warps=shape.num_warps,
                 num_stages=shape.num_stages,
                 aligned=tuple(strides),
