@@ -17,6 +17,9 @@ def test_bytes_follow_the_bits() -> None:
             assert preset.slot_bytes(dim) == dim * (preset.k_bits + preset.v_bits) // 8 + 4
             slot = preset.slot_bytes(dim)
             assert preset.bits_per_number(dim) == 8 * slot / (2 * dim)
+            fmt = preset.format(dim, 32)
+            assert (fmt.k_bits, fmt.v_bits, fmt.page_size) == (preset.k_bits, preset.v_bits, 32)
+            assert fmt.scale == "unbiased"
     assert [p.slot_bytes(128) for p in PRESETS.values()] == [260, 196, 132, 116, 100, 84, 68]
 
 

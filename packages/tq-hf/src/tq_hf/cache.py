@@ -164,7 +164,7 @@ class TurboQuantCache(Cache):
             For an unknown name, and as the class does.
         """
         found = find_preset(preset)
-        names = ("k_bits", "v_bits", "sink_tokens", "window_tokens", "skip_layers")
+        names = ("k_bits", "v_bits", "sink_tokens", "window_tokens", "skip_layers", "scale")
         return cls(config, **{name: getattr(found, name) for name in names} | options)
 
     def update(

@@ -14,7 +14,7 @@ from types import MappingProxyType
 
 from tq_core import TQError
 
-from tq_kernels.format import KVFormat
+from tq_kernels.format import KVFormat, ScaleName
 
 __all__ = ["PRESETS", "Preset", "PresetWarning", "find_preset", "nearest_preset"]
 
@@ -38,6 +38,9 @@ class Preset:
         Layers kept at 16 bits; negative numbers count from the end.
     use : str
         When to choose it.
+    scale : str
+        As `KVFormat`'s. ``unbiased`` by default: ``mse`` shortens keys and values, and shorter
+        keys flatten the softmax (``docs/quality.md``).
     """
 
     name: str
@@ -47,10 +50,11 @@ class Preset:
     sink_tokens: int = 4
     window_tokens: int = 32
     skip_layers: tuple[int, ...] = ()
+    scale: ScaleName = "unbiased"
 
     def format(self, head_dim: int, page_size: int = 16) -> KVFormat:
         """The format for a ``head_dim``; raises `TQError` where there is none."""
-        return KVFormat(head_dim, self.k_bits, self.v_bits, page_size)
+        return KVFormat(head_dim, self.k_bits, self.v_bits, page_size, scale=self.scale)
 
     def slot_bytes(self, head_dim: int) -> int:
         """Bytes of a token and KV head, both scales included, in a compressed layer."""

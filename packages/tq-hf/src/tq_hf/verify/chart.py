@@ -6,6 +6,7 @@ from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from tq_hf.verify.report import Report
 
@@ -19,6 +20,7 @@ def draw(report: Report, path: Path) -> None:
     figure = Figure(figsize=(13, 4), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     cosines, tasks, text = figure.subplots(1, 3)
+    tasks.set_visible(bool(report.tasks))
     numbers = [x.layer for x in report.layers]
     for name, values in (
         ("keys", [x.k_cosine for x in report.layers]),
@@ -27,14 +29,16 @@ def draw(report: Report, path: Path) -> None:
     ):
         cosines.plot(numbers, values, marker="o", label=name, color=_COLOURS[name])
     cosines.set(xlabel="layer", ylabel="mean cosine with 16 bits", title="Layers")
+    cosines.xaxis.set_major_locator(MaxNLocator(integer=True))
     cosines.legend(frameon=False)
     labels = [
         f"{c.task} {c.length}" + ("" if c.depth is None else f" at {c.depth:.0%}")
         for c in report.tasks
     ]
     places = range(len(labels))
-    tasks.barh([p - 0.2 for p in places], [c.base_accuracy for c in report.tasks], 0.38)
-    tasks.barh([p + 0.2 for p in places], [c.accuracy for c in report.tasks], 0.38)
+    before, after = ([getattr(c, n) for c in report.tasks] for n in ("base_accuracy", "accuracy"))
+    tasks.barh([p - 0.2 for p in places], before, 0.38, color="#9aa5b1")
+    tasks.barh([p + 0.2 for p in places], after, 0.38, color="#1f6f8b")
     tasks.set_yticks(list(places), labels, fontsize=8)
     tasks.set(xlim=(0, 1.02), xlabel="share that is right", title="Tasks")
     tasks.legend([report.baseline, "compressed"], fontsize=8, loc="lower left")

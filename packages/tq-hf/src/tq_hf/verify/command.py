@@ -48,6 +48,7 @@ def _cache_options(
         "sink_tokens": found.sink_tokens,
         "window_tokens": found.window_tokens,
         "skip_layers": list(found.skip_layers),
+        "scale": found.scale,
     }
     return options | {name: value for name, value in given.items() if value is not None}
 
