@@ -188,10 +188,13 @@ class TurboQuant(Candidate):
         plan = tq_kernels.PrefillPlan(
             fmt, shape.heads, shape.kv_heads, 1, shape.tokens, q.dtype, self.device
         )
-        host = {"query_lens_host": [shape.tokens], "context_lens_host": [shape.context]}
+        lengths, contexts = [shape.tokens], [shape.context]
 
         def call(table: Tensor) -> Call:
-            return lambda: plan.run(q, k, v, pages, table, bounds, stored, out, lse, **host)
+            return lambda: plan.run(
+                q, k, v, pages, table, bounds, stored, out, lse,
+                query_lens_host=lengths, context_lens_host=contexts,
+            )  # fmt: skip
 
         def check(call: Call) -> dict[str, float]:
             out.fill_(float("nan"))
