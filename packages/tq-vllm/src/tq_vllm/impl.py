@@ -171,6 +171,7 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
             requests = slice(decodes, decodes + batch.num_prefills)
             assert batch.prefill_start_loc is not None and batch.context_lens is not None
             table = batch.block_table[requests]
+            host = (batch.prefill_query_lens, batch.prefill_context_lens)
             # A layer that shares another's cache may be given no keys of its own.
             if self.stored_prefill or self.kv_sharing_target_layer_name is not None:
                 self.ops.prefill_stored(
@@ -182,6 +183,7 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
                     batch.slot_mapping[rows],
                     fmt,
                     output[rows],
+                    host,
                 )
             else:
                 self.ops.prefill(
@@ -194,5 +196,6 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
                     batch.context_lens,
                     fmt,
                     output[rows],
+                    host,
                 )
         return output

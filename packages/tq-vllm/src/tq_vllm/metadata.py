@@ -19,15 +19,16 @@ from tq_vllm.report import report_cache, warn_of_padding
 __all__ = ["TurboQuantMetadata", "TurboQuantMetadataBuilder", "batch_limits"]
 
 
-def batch_limits(vllm_config: Any) -> tuple[int, int]:
-    """Most sequences of a step, and most new tokens of one that counts as decoding."""
+def batch_limits(vllm_config: Any) -> tuple[int, int, int]:
+    """Most sequences of a step, new tokens of one that counts as decoding, and tokens in all."""
     speculation = vllm_config.speculative_config
     drafts = getattr(speculation, "num_speculative_tokens", None) or 0
     if getattr(speculation, "parallel_drafting", False):
         drafts *= 2
     sequences = vllm_config.scheduler_config.max_num_seqs
     captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
-    return max(sequences, -(-captured // (1 + drafts))), 1 + drafts
+    tokens = vllm_config.scheduler_config.max_num_batched_tokens
+    return max(sequences, -(-captured // (1 + drafts))), 1 + drafts, max(tokens, captured)
 
 
 @dataclass
@@ -49,6 +50,8 @@ class TurboQuantMetadata(AttentionMetadata):
         Where the new tokens of each prefill start, counted from the first one.
     context_lens : int32 tensor [prefills]
         Tokens of each prefill that were stored before this step.
+    prefill_query_lens, prefill_context_lens : list of int
+        New and stored tokens of each prefill, known on the host.
     """
 
     block_table: torch.Tensor
@@ -64,6 +67,18 @@ class TurboQuantMetadata(AttentionMetadata):
     max_seq_len: int
     prefill_start_loc: torch.Tensor | None
     context_lens: torch.Tensor | None
+    prefill_query_lens: list[int] | None
+    prefill_context_lens: list[int] | None
+
+
+def _host_lengths(common: Any, decodes: int, prefills: int) -> tuple[list[int], list[int] | None]:
+    """New and stored tokens of prefills; vLLM knows both exactly on the host for prefills."""
+    starts = common.query_start_loc_cpu[decodes : decodes + prefills + 1]
+    new = starts.diff()
+    lengths = common.seq_lens_cpu_upper_bound
+    if lengths is None:
+        return new.tolist(), None
+    return new.tolist(), (lengths[decodes : decodes + prefills] - new).tolist()
 
 
 class TurboQuantMetadataBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
@@ -95,8 +110,9 @@ class TurboQuantMetadataBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
         decodes, prefills, decode_tokens, _ = split_decodes_and_prefills(
             common, decode_threshold=threshold
         )
-        start = context = None
+        start = context = new_lens = stored_lens = None
         if prefills:
+            new_lens, stored_lens = _host_lengths(common, decodes, prefills)
             start = common.query_start_loc[decodes : decodes + prefills + 1] - decode_tokens
             context = common.seq_lens[decodes : decodes + prefills] - (start[1:] - start[:-1])
         return TurboQuantMetadata(
@@ -113,6 +129,8 @@ class TurboQuantMetadataBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
             max_seq_len=common.max_seq_len,
             prefill_start_loc=start,
             context_lens=context,
+            prefill_query_lens=new_lens,
+            prefill_context_lens=stored_lens,
         )
 
     def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> TurboQuantMetadata:

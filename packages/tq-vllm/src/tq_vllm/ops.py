@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import tq_kernels
 from torch import Tensor
 from tq_kernels import (
     DecodePlan,
@@ -23,7 +24,15 @@ from tq_kernels import (
     store_ref,
 )
 
+from tq_vllm.dense import dense_attention
+
+if TYPE_CHECKING:
+    from tq_kernels import PrefillPlan
+
 __all__ = ["EagerOps", "FusedOps", "LayerShape"]
+
+
+HostLengths = tuple[list[int] | None, list[int] | None]
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,8 @@ class LayerShape:
         Most sequences of a step.
     max_decode_query_len : int
         Most new tokens of a sequence that counts as decoding.
+    max_tokens : int
+        Most new tokens of a step.
     """
 
     heads: int
@@ -50,6 +61,7 @@ class LayerShape:
     sliding_window: int | None = None
     max_batch: int = 1
     max_decode_query_len: int = 1
+    max_tokens: int = 1
 
     @property
     def options(self) -> dict[str, Any]:
@@ -123,8 +135,12 @@ class EagerOps:
         context_lens: Tensor,
         fmt: KVFormat,
         out: Tensor,
+        host: HostLengths = (None, None),
     ) -> None:
-        """Attention of new tokens on each other and on what was stored before, into ``out``."""
+        """Attention of new tokens on each other and on what was stored before, into ``out``.
+
+        ``host``: new and stored tokens of each sequence, where they are known on the host.
+        """
         result, _ = prefill_ref(
             q,
             k,
@@ -150,6 +166,7 @@ class EagerOps:
         slots: Tensor,
         fmt: KVFormat,
         out: Tensor,
+        host: HostLengths = (None, None),
     ) -> None:
         """As ``prefill``, but new tokens see each other as they are stored in their slots."""
         seq_lens = context_lens + cu_query_lens[1:] - cu_query_lens[:-1]
@@ -175,12 +192,32 @@ def _decode_plan(
     return plan, torch.empty(rows, shape.heads, dtype=torch.float32, device=device)
 
 
+@lru_cache(maxsize=16)
+def _prefill_plan(
+    shape: LayerShape, fmt: KVFormat, dtype: torch.dtype, device: torch.device
+) -> tuple[PrefillPlan, Tensor]:
+    """As :func:`_decode_plan`."""
+    plan = tq_kernels.PrefillPlan(
+        fmt,
+        shape.heads,
+        shape.kv_heads,
+        shape.max_batch,
+        shape.max_tokens,
+        dtype,
+        device,
+        dense=dense_attention(device, fmt.head_dim),
+        **shape.options,
+    )
+    return plan, torch.empty(shape.max_tokens, shape.heads, dtype=torch.float32, device=device)
+
+
 class FusedOps(EagerOps):
     """Triton kernels."""
 
     def reserve(self, fmt: KVFormat, dtype: torch.dtype, device: torch.device) -> None:
         for length in {1, self.shape.max_decode_query_len}:
             _decode_plan(self.shape, fmt, length, dtype, device)
+        _prefill_plan(self.shape, fmt, dtype, device)
 
     def store(self, k: Tensor, v: Tensor, pages: Tensor, slots: Tensor, fmt: KVFormat) -> None:
         store(self.centered(k), v, pages, slots, fmt)
@@ -209,6 +246,36 @@ class FusedOps(EagerOps):
             key_center=self.key_center,
         )
 
+    def prefill(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        pages: Tensor,
+        block_table: Tensor,
+        cu_query_lens: Tensor,
+        context_lens: Tensor,
+        fmt: KVFormat,
+        out: Tensor,
+        host: HostLengths = (None, None),
+    ) -> None:
+        plan, lse = _prefill_plan(self.shape, fmt, q.dtype, q.device)
+        plan.run(
+            q,
+            k,
+            v,
+            pages,
+            block_table,
+            cu_query_lens,
+            context_lens,
+            out,
+            lse[: q.shape[0]],
+            query_lens_host=host[0],
+            context_lens_host=host[1],
+            sinks=self.sinks,
+            key_center=self.key_center,
+        )
+
     def prefill_stored(
         self,
         q: Tensor,
@@ -219,8 +286,9 @@ class FusedOps(EagerOps):
         slots: Tensor,
         fmt: KVFormat,
         out: Tensor,
+        host: HostLengths = (None, None),
     ) -> None:
         k, v = dequantize(pages, slots, fmt, q.dtype)
         if self.key_center is not None:
             k = (k + self.key_center).to(k.dtype)
-        self.prefill(q, k, v, pages, block_table, cu_query_lens, context_lens, fmt, out)
+        self.prefill(q, k, v, pages, block_table, cu_query_lens, context_lens, fmt, out, host)

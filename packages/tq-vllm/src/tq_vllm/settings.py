@@ -11,7 +11,7 @@
 ``TQ_PREFILL``       ``exact`` (default): new tokens see each other at 16 bits;
                      ``stored``: as they are stored, so that chunking the prompt and
                      cached prefixes change no result
-``TQ_KEY_CENTER``    file of ``tq center``: a constant to subtract from the keys of each
+``TQ_KEY_CENTER``    file of ``tq calibrate``: a constant to subtract from the keys of each
                      layer and head, for models with large key biases
 ``TQ_SEED``          seed of the rotation
 ``TQ_ROTATION``      ``hadamard`` (default) or ``haar``

@@ -152,7 +152,12 @@ def test_batches_agree_with_attention_on_dequantized_pages(vllm_config, monkeypa
             **({"sinks": sinks} if case.sinks else {}),
         )  # fmt: skip
     if case.fused:
-        shape = replace(impl.ops.shape, max_batch=4, max_decode_query_len=1 + case.speculated)
+        shape = replace(
+            impl.ops.shape,
+            max_batch=5,
+            max_decode_query_len=1 + case.speculated,
+            max_tokens=80,
+        )
         impl.ops = FusedOps(shape, sinks)
     builder_cls = TurboQuantBackend.get_builder_cls()
     monkeypatch.setattr("tq_vllm.metadata.report_cache", lambda _: None)
@@ -201,6 +206,7 @@ def test_batches_agree_with_attention_on_dequantized_pages(vllm_config, monkeypa
         max_seq_len=max(lengths),
         block_table_tensor=table,
         slot_mapping=mapping,
+        seq_lens_cpu_upper_bound=torch.tensor(lengths, dtype=torch.int32),
     )
     metadata = builder.build(0, common)
     threshold = case.speculated + 1

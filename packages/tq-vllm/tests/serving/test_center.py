@@ -1,4 +1,4 @@
-"""Key centers: measured by the command, and what they do to a model with large key biases."""
+"""Key centers and what they do to a model with large key biases."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tq_core import TQError
-from tq_vllm.center import measure_centers, rank_heads, save_centers
+from tq_vllm.center import rank_heads
 
 K4V4 = {"TQ_K_BITS": "4", "TQ_V_BITS": "4", "TQ_PREFILL": "stored"}
 TEXT = 300
@@ -47,68 +47,37 @@ def loss(engine, prompt) -> float:
 
 
 @pytest.fixture(scope="module")
-def plain(start, biased, text, tmp_path_factory):
-    """Loss without compression, and the file of centers, measured on another text."""
-    path = tmp_path_factory.mktemp("center") / "center.safetensors"
-    with start(biased, {"TQ_CPU": "0"}, block_size=32, enable_prefix_caching=False) as engine:
-        value = loss(engine, text[0])
-        save_centers(measure_centers(engine.llm, text[1:]), path)
-    return value, path
-
-
-def test_centers_are_the_mean_keys_of_transformers(plain, large_bias, text):
+def center(large_bias, text, tmp_path_factory):
+    """Mean keys on another text, written as tq calibrate does."""
+    from tq_hf.verify.calibration import write_centers
     from transformers import AutoModelForCausalLM, DynamicCache
 
     model = AutoModelForCausalLM.from_pretrained(large_bias, dtype=torch.float32).eval()
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         model(torch.tensor([text[1]]), past_key_values=cache)
-    centers = load_file(plain[1])
-    assert sorted(centers) == [f"layers.{n}" for n in range(6)]
-    for n, layer in enumerate(cache.layers):
-        torch.testing.assert_close(
-            centers[f"layers.{n}"], layer.keys[0].mean(dim=1), rtol=1e-3, atol=1e-3
-        )
+    path = tmp_path_factory.mktemp("center") / "center.safetensors"
+    write_centers({n: x.keys[0].mean(dim=1) for n, x in enumerate(cache.layers)}, path, "test")
+    return path
 
 
-def test_a_center_recovers_what_rounding_large_biases_loses(start, biased, text, plain):
-    exact, path = plain
+def test_a_center_recovers_what_rounding_large_biases_loses(start, biased, text, center):
+    with start(biased, {"TQ_CPU": "0"}, block_size=32) as engine:
+        exact = loss(engine, text[0])
     with start(biased, K4V4) as engine:
         without = loss(engine, text[0])
-    with start(biased, K4V4 | {"TQ_KEY_CENTER": str(path)}) as engine:
+    with start(biased, K4V4 | {"TQ_KEY_CENTER": str(center)}) as engine:
         centered = loss(engine, text[0])
     assert without - exact > 0.3
     assert abs(centered - exact) < 0.1 * (without - exact)
 
 
-def test_the_command(large_bias, biased, text, plain, tmp_path, monkeypatch):
-    from tq_core.cli import build_app
-    from transformers import PreTrainedTokenizerFast
-    from typer.testing import CliRunner
-    from vllm.distributed import cleanup_dist_env_and_memory
-
-    file = str(large_bias / "tokenizer.json")
-    decoded = PreTrainedTokenizerFast(tokenizer_file=file).decode(text[1])
-    (tmp_path / "text").write_text(decoded, encoding="utf-8")
-    out = tmp_path / "center.safetensors"
-    options = ["--text", str(tmp_path / "text"), "--out", str(out), "--dtype", "float32"]
-    options += ["--length", "300"]
-    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-    result = CliRunner().invoke(build_app(), ["center", str(biased), *options])
-    cleanup_dist_env_and_memory()
-    assert result.exit_code == 0, result.output
-    assert "mean keys of 6 layers over 300 tokens" in result.output
-    found, want = load_file(out), load_file(plain[1])
-    for name, center in want.items():
-        torch.testing.assert_close(found[name], center, rtol=1e-3, atol=1e-3)
-
-
 def test_wrong_files_are_refused(start, biased, tmp_path):
     path = tmp_path / "center.safetensors"
     for tensors, message in (
-        ({"layers.0": torch.zeros(2, 64)}, "shape \\(2, 64\\).*2 KV heads of 128"),
-        ({"layers.0": torch.zeros(4, 128)}, "shape \\(4, 128\\)"),
-        ({"layers.1": torch.zeros(2, 128)}, "no tensor 'layers.0'"),
+        ({"key_center.0": torch.zeros(2, 64)}, "shape \\(2, 64\\).*2 KV heads of 128"),
+        ({"key_center.0": torch.zeros(4, 128)}, "shape \\(4, 128\\)"),
+        ({"key_center.1": torch.zeros(2, 128)}, "no tensor 'key_center.0'"),
     ):
         save_file(tensors, path)
         settings = K4V4 | {"TQ_KEY_CENTER": str(path)}
