@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from functools import cache
 from pathlib import Path
@@ -184,14 +185,48 @@ def types(session: nox.Session) -> None:
 
 
 @nox.session(python=PYTHON)
+def docs(session: nox.Session) -> None:
+    """Build the site strictly into ``site``; ``-- serve`` serves it while pages are edited."""
+    install(session, "mkdocs-material>=9.6", "mkdocstrings[python]>=0.29", "ruff>=0.12")
+    command = session.posargs or ["build", "--strict"]
+    session.run("mkdocs", *command, env={"NO_MKDOCS_2_WARNING": "1"})
+
+
+def versions() -> str:
+    """Return the version of the four packages; it is one."""
+    found = set()
+    for name in PACKAGES:
+        text = (ROOT / "packages" / name / "pyproject.toml").read_text(encoding="utf-8")
+        project = tomllib.loads(text)["project"]
+        found.add(project["version"])
+        groups = [project["dependencies"], *project.get("optional-dependencies", {}).values()]
+        own = [r for group in groups for r in group if r.startswith("tq-")]
+        found |= {requirement.rpartition("==")[2] for requirement in own}
+    if len(found) != 1:
+        raise SystemExit(f"versions of the packages and of what they require differ: {found}")
+    return found.pop()
+
+
+@nox.session(python=PYTHON)
 def build(session: nox.Session) -> None:
-    """Build the wheels; import each in an environment that holds nothing else."""
-    session.install("build", "hatchling>=1.27")
+    """Build sdists and wheels, check them, import each wheel in an environment of its own.
+
+    A folder after ``--`` receives the files.
+    """
+    version = versions()
+    session.install("build", "hatchling>=1.27", "twine>=6", "check-wheel-contents>=0.6")
     dist = Path(session.create_tmp()) / "dist"
     shutil.rmtree(dist, ignore_errors=True)
     for name in PACKAGES:
+        # The wheel is built from the sdist, so the sdist is known to be complete.
         source = str(ROOT / "packages" / name)
-        session.run("python", "-m", "build", "-q", "-n", "--wheel", "-o", str(dist), source)
+        session.run("python", "-m", "build", "-q", "-n", "-o", str(dist), source)
+    files = sorted(str(path) for path in dist.iterdir())
+    wheels = [path for path in files if path.endswith(".whl")]
+    assert len(files) == 2 * len(PACKAGES), files
+    assert all(f"-{version}" in Path(path).name for path in files), files
+    session.run("twine", "check", "--strict", *files)
+    session.run("check-wheel-contents", *wheels)
     check = str(ROOT / "tools" / "check_wheel.py")
     for name in PACKAGES:
         empty = session.create_tmp() + f"/env-{name}"
@@ -202,3 +237,5 @@ def build(session: nox.Session) -> None:
         pip = (python, "-m", "pip", "install", "-q", "-c", CONSTRAINTS, "--find-links", str(dist))
         session.run(*pip, str(wheel), external=True)
         session.run(python, check, str(wheel), external=True)
+    for folder in session.posargs:
+        shutil.copytree(dist, folder, dirs_exist_ok=True)

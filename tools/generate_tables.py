@@ -259,6 +259,111 @@ def gpu_prefill() -> str:
     return gpu_table(("", "TurboQuant µs", "TFLOP/s", f"{FA3} µs"), rows)
 
 
+def reproduced(name: str, **values: Any) -> list[dict[str, Any]]:
+    """Rows of an experiment of `tq reproduce` that have these values."""
+    rows = load(f"benchmarks/results/reproduce/{name}.json")["rows"]
+    return [r for r in rows if all(r[key] == value for key, value in values.items())]
+
+
+@table("reproduce-mse")
+def reproduce_mse() -> str:
+    """Squared error by bits, beside what the paper prints and its bounds."""
+    header = ("bits", "paper prints", "measured, norm stored", "exact", "Gaussian limit")
+    more = ("least-squares scale", "the same, dim 128", "lower bound", "upper bound")
+    rows = []
+    for row in reproduced("distortion", dim=1536, scale="none"):
+        bits = row["bits"]
+        best = [reproduced("distortion", dim=d, bits=bits, scale="mse")[0] for d in (1536, 128)]
+        numbers = (row["mse"], row["exact"], row["gaussian_limit"], *(r["mse"] for r in best))
+        numbers += (row["lower_bound"], row["upper_bound"])
+        printed = "" if row["printed"] is None else f"{row['printed']}"
+        rows.append((str(bits), printed, *(f"{x:.5f}" for x in numbers)))
+    return markdown((*header, *more), rows)
+
+
+@table("reproduce-inner")
+def reproduce_inner() -> str:
+    """Inner-product error by bits and method, and the bias of the first quantizer."""
+    header = ("bits", "paper prints", "sketch, measured", "sketch, exact", "unbiased scale")
+    more = ("lower bound", "bias at 0.9: MSE quantizer", "sketch", "unbiased scale")
+    rows = []
+    for sketch in reproduced("inner-product", method="prod", product=0.0):
+        bits = sketch["bits"]
+        scaled = reproduced("inner-product", method="unbiased", product=0.0, bits=bits)[0]
+        numbers = (sketch["dim_times_squared_error"], sketch["exact"])
+        numbers += (scaled["dim_times_squared_error"], sketch["lower_bound"])
+        biases = []
+        for method in ("mse", "prod", "unbiased"):
+            row = reproduced("inner-product", method=method, product=0.9, bits=bits)[0]
+            biases.append(f"{row['bias']:+.4f} ± {row['bias_standard_error']:.4f}")
+        rows.append((str(bits), f"{sketch['printed']}", *(f"{x:.4f}" for x in numbers), *biases))
+    return markdown((*header, *more), rows)
+
+
+@table("reproduce-neighbours")
+def reproduce_neighbours() -> str:
+    """Recall, bytes and CPU time of each method, data set and number of bits."""
+    header = ("data, bits", "method", "recall@1", "@2", "@4", "@8", "bytes a vector", "CPU s")
+    rows = [
+        (
+            f"{row['data']} ({row['vectors']:,} vectors), {row['bits']} bits",
+            row["method"],
+            *(f"{row[f'recall_{k}']:.3f}" for k in (1, 2, 4, 8)),
+            f"{row['bytes_per_vector']:.0f}",
+            f"{row['seconds']:.2f}",
+        )
+        for row in reproduced("neighbours")
+    ]
+    return markdown(header, rows)
+
+
+@table("reproduce-timing")
+def reproduce_timing() -> str:
+    """Time to quantize a vector by method and dimension."""
+    rows = reproduced("timing")
+    dims = sorted({row["dim"] for row in rows})
+    table = []
+    for method in dict.fromkeys(row["method"] for row in rows):
+        found = {row["dim"]: row for row in rows if row["method"] == method}
+        times = (f"{found[d]['microseconds_per_vector']:,.2f}" if d in found else "" for d in dims)
+        printed = [found[d]["printed_seconds"] for d in (200, 1536, 3072)]
+        table.append((method, *times, " / ".join(f"{x:g} s" for x in printed)))
+    return markdown(("µs a vector", *(f"d = {d}" for d in dims), "paper, d = 200/1536/3072"), table)
+
+
+@table("core-encode")
+def core_encode() -> str:
+    """Million vectors a second and core that tq-core encodes."""
+    rows = load("benchmarks/results/core-speed.json")["encoding"]
+    widths = sorted({row["bits"] for row in rows})
+    table = []
+    for dtype in ("float64", "float32"):
+        for rotation in ("haar", "hadamard"):
+            some = [
+                row["vectors_per_second"]
+                for bits in widths
+                for row in rows
+                if (row["bits"], row["rotation"], row["compute_dtype"]) == (bits, rotation, dtype)
+            ]
+            table.append((f"{dtype}, {rotation}", *(f"{x / 1e6:.2f}" for x in some)))
+    header = ("million vectors/s, d = 128", *(f"{bits} bits" for bits in widths))
+    return markdown(header, table)
+
+
+@table("core-search")
+def core_search() -> str:
+    """Milliseconds a query among a million codes."""
+    rows = load("benchmarks/results/core-speed.json")["search"]
+    counts = sorted({row["queries"] for row in rows})
+    table = []
+    for name in dict.fromkeys(row["index"] for row in rows):
+        some = {row["queries"]: row for row in rows if row["index"] == name}
+        times = (f"{some[n]['milliseconds_per_query']:.1f}" for n in counts)
+        table.append((name, *times, str(some[counts[0]]["bytes_per_vector"])))
+    header = ("ms a query, queries at once:", *map(str, counts), "bytes a vector")
+    return markdown(header, table)
+
+
 def render(text: str) -> str:
     """Return a document with its tables written anew.
 

@@ -133,11 +133,13 @@ def test_figures_are_drawn(name: str, quick: dict, tmp_path: Path) -> None:
 
 
 def test_command_writes_all_files(tmp_path: Path) -> None:
+    typer = pytest.importorskip("typer")
     testing = pytest.importorskip("typer.testing")
-    from tq_core.cli import build_app
+    from tq_core.reproduce.command import reproduce
 
-    runner = testing.CliRunner()
-    run = runner.invoke(build_app(), ["reproduce", "timing", "--quick", "--out", str(tmp_path)])
+    runner, app = testing.CliRunner(), typer.Typer()
+    app.command()(reproduce)
+    run = runner.invoke(app, ["timing", "--quick", "--out", str(tmp_path)])
     assert run.exit_code == 0, run.output
     result = json.loads((tmp_path / "timing.json").read_text())
     assert result["quick"] and result["experiment"] == "timing"
@@ -145,5 +147,5 @@ def test_command_writes_all_files(tmp_path: Path) -> None:
         rows = list(csv.DictReader(file))
     assert [float(r["seconds"]) for r in rows] == [r["seconds"] for r in result["rows"]]
     assert (tmp_path / "timing.png").exists()
-    wrong = runner.invoke(build_app(), ["reproduce", "nothing"])
+    wrong = runner.invoke(app, ["nothing"])
     assert wrong.exit_code == 2 and "choose from" in wrong.output

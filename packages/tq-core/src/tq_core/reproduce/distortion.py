@@ -22,6 +22,7 @@ SCALES: dict[ScaleName, str] = {
     "mse": "least-squares scale",
     "unbiased": "unbiased scale",
 }
+STYLES: dict[ScaleName, str] = {"none": "s-", "mse": ".--", "unbiased": "^:"}
 
 
 def measure(quick: bool = False, note: Note = print) -> list[Row]:
@@ -59,7 +60,9 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     dim = rows[-1]["dim"]
     for scale, label in SCALES.items():
         some = select(rows, dim=dim, scale=scale)
-        axes.semilogy([r["bits"] for r in some], [r["mse"] for r in some], "o-", label=label)
+        axes.semilogy(
+            [r["bits"] for r in some], [r["mse"] for r in some], STYLES[scale], label=label
+        )
     some = select(rows, dim=dim, scale="mse")
     bits = [r["bits"] for r in some]
     axes.semilogy(bits, [r["upper_bound"] for r in some], "k--", lw=1, label="upper bound")

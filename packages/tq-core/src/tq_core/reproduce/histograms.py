@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tq_core import bounds
 from tq_core.reproduce.inner_product import METHODS, reconstructor
 from tq_core.reproduce.rows import Note, Row, select
 from tq_core.reproduce.vectors import clusters
@@ -25,7 +26,7 @@ def measure(quick: bool = False, note: Note = print) -> list[Row]:
     rows = []
     for bits in range(1, 5):
         note(f"histograms: {bits} bits")
-        width = 4.0 * 2.0**-bits / np.sqrt(dim) * 1.6
+        width = 4.0 * bounds.inner_product_error(dim, bits) ** 0.5
         edges = np.linspace(-width, width, BINS + 1)
         for method in METHODS:
             estimate = reconstructor(method, dim, bits)(x).astype(np.float32) @ q.T
@@ -58,7 +59,9 @@ def draw(rows: Sequence[Row], path: Path) -> None:
                 [r["error"] for r in some], [r["share"] for r in some], where="mid", label=label
             )
         axes.axvline(0, color="k", lw=0.5)
-        axes.set(xlabel="error of the inner product", title=f"{bits} bits", yticks=[])
+        axes.set(xlabel="error of the inner product", yticks=[])
+        axes.set_title(f"{bits} bit" + "s" * (bits > 1))
+        axes.locator_params(axis="x", nbins=5)
     panels[0].set_ylabel("share of the pairs")
     panels[0].legend(fontsize=7)
     save(fig, path)

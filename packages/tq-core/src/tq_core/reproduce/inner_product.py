@@ -14,6 +14,7 @@ from tq_core.quantizer import InnerProductQuantizer, MSEQuantizer
 from tq_core.reproduce import paper
 from tq_core.reproduce.rows import Note, Row, select
 from tq_core.reproduce.vectors import pairs
+from tq_core.scale import ScaleName
 
 __all__ = ["METHODS", "draw", "measure", "reconstructor"]
 
@@ -25,29 +26,33 @@ METHODS = {
 Reconstruct = Callable[[NDArray[Any]], NDArray[np.floating]]
 
 
-def reconstructor(method: str, dim: int, bits: int) -> Reconstruct:
+def reconstructor(method: str, dim: int, bits: int, seed: int = 0) -> Reconstruct:
     """Encode-decode of a method, with Hadamard rotations."""
     if method == "prod":
-        sketched = InnerProductQuantizer(dim, bits, "hadamard")
+        sketched = InnerProductQuantizer(dim, bits, "hadamard", seed)
         return lambda x: sketched.decode(sketched.encode(x))
-    quantizer = MSEQuantizer(dim, bits, "hadamard", "none" if method == "mse" else "unbiased")
+    scale: ScaleName = "none" if method == "mse" else "unbiased"
+    quantizer = MSEQuantizer(dim, bits, "hadamard", scale, seed)
     return lambda x: quantizer.decode(quantizer.encode(x))
 
 
 def measure(quick: bool = False, note: Note = print) -> list[Row]:
     """Rows of method, bits, inner product: bias, dim times the variance, bounds, printed value.
 
-    The quantizers see random directions, so a mean over vectors is one over rotations too.
+    Means are over random directions and over seeds: the sketch is unbiased over its matrices, not for
+    one of them. The standard error is that of the means of the seeds.
     """
-    dim, count = (64, 500) if quick else (128, 40000)
+    dim, count, seeds = (64, 50, 20) if quick else (128, 1000, 40)
     rows = []
     for bits in range(1, 5):
         note(f"inner products: {bits} bits")
         for method in METHODS:
-            reconstruct = reconstructor(method, dim, bits)
+            coders = [reconstructor(method, dim, bits, seed) for seed in range(seeds)]
             for product in (0.0, 0.3, 0.6, 0.9):
-                x, y = pairs(count, dim, product)
-                error = np.einsum("ij,ij->i", reconstruct(x), y) - product
+                error = np.empty((seeds, count))
+                for seed, coder in enumerate(coders):
+                    x, y = pairs(count, dim, product, 2 * seed)
+                    error[seed] = np.einsum("ij,ij->i", coder(x), y) - product
                 rows.append(
                     {
                         "dim": dim,
@@ -55,7 +60,7 @@ def measure(quick: bool = False, note: Note = print) -> list[Row]:
                         "bits": bits,
                         "product": product,
                         "bias": float(error.mean()),
-                        "bias_standard_error": float(error.std() / np.sqrt(count)),
+                        "bias_standard_error": float(error.mean(axis=1).std(ddof=1) / seeds**0.5),
                         "dim_times_variance": float(dim * error.var()),
                         "dim_times_squared_error": float(dim * np.mean(error**2)),
                         "lower_bound": dim * bounds.inner_product_lower(dim, bits),
