@@ -169,7 +169,8 @@ def test_shared_keys_and_values(name: str) -> None:
         laurel_rank=8,
         altup_num_inputs=2,
     )
-    check(build(config, name))
+    cache = check(build(config, name))
+    assert not getattr(cache, "shared_layers", {})  # nothing decoded outlives a step
 
 
 @pytest.mark.skipif(not TRANSFORMERS_5, reason="layers of different dimensions came with 5")
@@ -188,6 +189,28 @@ def test_mixed_head_dims(name: str) -> None:
     )
     cache = check(build(config, name))
     assert [layer.keys.shape[-1] for layer in cache.layers] == [64, 128, 64, 128]
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_the_text_part_of_a_multimodal_model(name: str) -> None:
+    from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1,
+        image_size=8, patch_size=4,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=vision, text_config=LlamaConfig(**small()), image_token_index=96)
+    ).eval()
+    model.set_attn_implementation(name)
+    cache = TurboQuantCache(model.config, window_tokens=8)
+    assert len(cache.layers) == 2
+    assert cache.layers[0].options.reads_codes is (name != "eager")
+    ids = torch.randint(1, 96, (1, 90))
+    reference = reference_cache(cache)
+    ours, theirs = (feed(model, ids, c, [40, *[10] * 5]) for c in (cache, reference))
+    torch.testing.assert_close(ours, theirs, atol=2e-2, rtol=1e-2)
 
 
 def test_a_model_of_sliding_layers_alone_is_refused() -> None:

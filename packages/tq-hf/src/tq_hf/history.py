@@ -110,12 +110,12 @@ class CodeHistory:
         for segment in self._segments:
             if tokens <= 0:
                 break
-            segment.used = min(segment.used, tokens)
+            if segment.used > tokens:
+                segment.used = tokens
+                segment.resize(_capacity(tokens))  # views taken before keep what they show
             tokens -= segment.used
             kept.append(segment)
         self._segments = kept
-        if kept and kept[-1].capacity > _capacity(kept[-1].used):
-            kept[-1].resize(_capacity(kept[-1].used))
 
     def map(self, function: Callable[[Tensor], Tensor]) -> None:
         """Replace every buffer by ``function`` of it; for the batch dimension, or for devices."""
