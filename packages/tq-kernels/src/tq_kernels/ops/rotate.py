@@ -129,7 +129,8 @@ def rotate(x: Tensor, fmt: KVFormat, inverse: bool = False) -> Tensor:
     Returns
     -------
     tensor like ``x``, contiguous
-        Errors are those of the dtype or, for float32, below 1e-6 of the norm of the vector.
+        Errors are those of the dtype or, for float32, below 1e-6 of the norm of the vector. bf16
+        vectors with a norm above 2**114 overflow.
 
     Raises
     ------

@@ -132,7 +132,7 @@ def _chunk(head_dim: int) -> int:
 
 
 def _block(count: int, heads: int, head_dim: int, rotated: bool) -> int:
-    if count * heads <= 8192 or head_dim > 128:
+    if count * heads <= 8192 or head_dim not in (16, 32, 64, 128):
         return 16
     return 32 if rotated else 64
 

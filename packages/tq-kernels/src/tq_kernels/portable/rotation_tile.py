@@ -2,10 +2,10 @@
 """Rotation of a tile of vectors on tensor cores, to about the precision of float32.
 
 The matrix is ``factor`` times the sum of a few 16-bit matrices, each of which holds what rounding
-left of those before it. Hadamard rotations of a power-of-two size are integers times a constant,
-mostly one fp16 or two bf16 matrices without any error. fp16 and bf16 vectors enter as they are;
-float32 vectors are brought to the range of fp16 by powers of two and split like the matrix.
-Products are exact and sums are float32.
+left of those before it. Hadamard rotations of a power-of-two size are small integers times a
+constant, so that one matrix is mostly enough, without any error. fp16 and bf16 vectors enter as
+they are; float32 vectors are brought to the range of fp16 by powers of two and split like the
+matrix. Products are exact and sums are float32.
 """
 
 from __future__ import annotations
