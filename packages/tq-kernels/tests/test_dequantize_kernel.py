@@ -13,7 +13,8 @@ pytest.importorskip("triton")
 from tq_kernels.portable import dequantize as kernel
 
 #: Largest error of a coordinate, over the norm of the vector.
-ERRORS = {torch.float32: 1e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}
+#: Triton's interpreter cuts numbers off to bf16 where a GPU rounds them.
+ERRORS = {torch.float32: 1e-6, torch.float16: 2**-11, torch.bfloat16: 2**-7}
 BITS = st.sampled_from([2, 3, 4, 8])
 
 

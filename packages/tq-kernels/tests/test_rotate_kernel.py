@@ -14,7 +14,8 @@ from tq_kernels import KVFormat, rotate
 pytest.importorskip("triton")
 
 #: Largest error of a coordinate, over the norm of the vector.
-ERRORS = {torch.float32: 1e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}
+#: Triton's interpreter cuts numbers off to bf16 where a GPU rounds them.
+ERRORS = {torch.float32: 1e-6, torch.float16: 2**-11, torch.bfloat16: 2**-7}
 
 
 def worst(x: torch.Tensor, got: torch.Tensor, fmt: KVFormat, inverse: bool) -> float:
