@@ -5,7 +5,7 @@ Usage: ``python benchmarks/quality.py [--model tiny] [--windows 6] [--only GROUP
 Writes ``results/quality-MODEL.json``; with ``--retrieval`` instead
 ``results/quality-retrieval-MODEL.json``. Every configuration is a `RoundedHistory`: predictions of
 1,024 tokens of held-out text in one pass, each query seeing old tokens rounded and the first 4 and
-the last 32 to 47 as they came (unless the configuration says otherwise). One text of each package
+the last 32 to 47 as they came, with the unbiased scale (unless the configuration says otherwise). One text of each package
 in turn; the first 64 predictions of a window are not scored. Calibrated centers come from the
 held-out text of einops, which is not measured. Runs on one CPU core in about 15 minutes a model.
 """
@@ -17,7 +17,7 @@ import json
 import platform
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,8 @@ ROTATIONS = {
 }
 ENDS = ((0, 0), (4, 0), (0, 32), (4, 32), (4, 128))
 BOUNDARIES = ((), (0,), (0, -1), (0, 1, -2, -1))
+RETRIEVED = ("K4V4", "K4V3", "K3V3", "K3V2", "K2V2", "INT4 + Hadamard", "KIVI 2")
+RETRIEVED += ("vLLM turboquant_4bit_nc", "vLLM turboquant_3bit_nc")
 RETRIEVAL_LENGTHS = (512, 1536)
 RETRIEVAL_DEPTHS = (0.1, 0.5, 0.9)
 
@@ -91,7 +93,8 @@ def settings(model: Any, tokenizer: Any) -> Settings:
     out = Settings()
 
     def put(group: str, k: int, v: int, label: str = "", **options: Any) -> None:
-        given = dict(options)
+        given = {"scale": "unbiased"} | options
+        v_scale = given.pop("v_scale", None)
         shown = given.pop("show", {})
         center = given.pop("centers", usual)
         ends = {n: given.pop(n) for n in ("sink_tokens", "window_tokens") if n in given}
@@ -99,13 +102,19 @@ def settings(model: Any, tokenizer: Any) -> Settings:
             ends["skip_layers"] = frozenset(i % layers for i in given.pop("skip_layers"))
         seeds = given.pop("own_seeds", False)
         history = turboquant(KVFormat(dim, k, v, **given), centers=center, own_seeds=seeds, **ends)
+        if v_scale is not None:
+            other = turboquant(KVFormat(dim, k, v, **given | {"scale": v_scale}))
+            history = replace(history, values=other.values)
         name = f"K{k}V{v}" + (f", {label}" if label else "")
         out.put(group, name, history, k_bits=k, v_bits=v, **shown)
 
     for bits in (4, 3, 2):
-        for scale in ("mse", "norm", "unbiased", "none"):
-            label = "" if scale == "mse" else f"scale {scale}"
+        for scale in ("none", "norm", "mse", "unbiased"):
+            label = "" if scale == "unbiased" else f"scale {scale}"
             put("scale", bits, bits, label, scale=scale, show={"scale": scale})
+        for one, two in (("unbiased", "mse"), ("mse", "unbiased")):
+            shown = f"keys {one}, values {two}"
+            put("scale", bits, bits, shown, scale=one, v_scale=two, show={"scale": shown})
         for name, choice in ROTATIONS.items():
             label = "" if name == "hadamard 3" else name
             put("rotation", bits, bits, label, show={"rotation": name}, **choice)
@@ -137,8 +146,10 @@ def settings(model: Any, tokenizer: Any) -> Settings:
         "FP8 e4m3": fp8(dim),
         "KIVI 4": kivi(dim, 4),
         "KIVI 2": kivi(dim, 2),
-        "TurboQuant paper 3.5": outliers(calibration, 3.5),
-        "TurboQuant paper 2.5": outliers(calibration, 2.5),
+        "outlier channels, 3.5 bits": outliers(calibration, 3.5),
+        "outlier channels, 2.5 bits": outliers(calibration, 2.5),
+        "outlier channels, 3.5 bits, as the paper": outliers(calibration, 3.5, scale="none"),
+        "outlier channels, 2.5 bits, as the paper": outliers(calibration, 2.5, scale="none"),
     }
     rivals |= {
         f"vLLM turboquant_{name}": vllm_turboquant(dim, name)
@@ -181,13 +192,25 @@ def stored_bits(history: RoundedHistory, config: Any) -> dict[str, float]:
     return {"bytes_per_token": size, "ratio": layers * heads * full / size}
 
 
-def measure(model: Any, tokenizer: Any, windows: int, only: str | None) -> Iterator[dict[str, Any]]:
-    """Scores of every configuration."""
+def measure(
+    model: Any, tokenizer: Any, windows: int, only: str | None, known: dict[str, dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """Scores of every configuration; those in ``known`` are taken from there."""
     ids = torch.cat(token_windows(tokenizer, builtin_texts(), WINDOW, windows))
     batches = ids.split(BATCH)
     base = [logits(model, part[:, :-1], None) for part in batches]
     chosen = [s for s in settings(model, tokenizer).values() if only in (None, *s.groups)]
     for setting in track(chosen, model.config.model_type):
+        about = {
+            "name": setting.name,
+            "groups": sorted(set(setting.groups)),
+            **setting.options,
+            "slot_bytes": setting.history.slot_bytes,
+            **stored_bits(setting.history, model.config),
+        }
+        if setting.name in known:
+            yield known[setting.name] | about
+            continue
         start = time.perf_counter()
         parts = []
         for part, reference in zip(batches, base, strict=True):
@@ -196,15 +219,8 @@ def measure(model: Any, tokenizer: Any, windows: int, only: str | None) -> Itera
                 compare_logits(r[UNSCORED:], o[UNSCORED:], row[UNSCORED + 1 :])
                 for r, o, row in zip(reference, other, part, strict=True)
             ]
-        yield {
-            "name": setting.name,
-            "groups": sorted(set(setting.groups)),
-            **setting.options,
-            "slot_bytes": setting.history.slot_bytes,
-            **stored_bits(setting.history, model.config),
-            **asdict(summarize(parts)),
-            "seconds": time.perf_counter() - start,
-        }
+        seconds = time.perf_counter() - start
+        yield about | asdict(summarize(parts)) | {"seconds": seconds}
 
 
 def retrieve(model: Any, tokenizer: Any, count: int) -> Iterator[dict[str, Any]]:
@@ -214,7 +230,7 @@ def retrieve(model: Any, tokenizer: Any, count: int) -> Iterator[dict[str, Any]]
     table |= {
         name: s
         for name, s in settings(model, tokenizer).items()
-        if "rivals" in s.groups and name != "K8V8" and "paper" not in name
+        if "rivals" in s.groups and name in RETRIEVED
     }
     tasks = {
         (length, depth): retrieval_tasks(
@@ -254,17 +270,22 @@ def main() -> None:
     parser.add_argument("--only", help="one group of configurations")
     parser.add_argument("--retrieval", action="store_true")
     parser.add_argument("--prompts", type=int, default=4, help="a length and depth")
+    parser.add_argument("--resume", action="store_true", help="keep what the file has")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     model, tokenizer = load_model(given.model)
+    known: dict[str, dict[str, Any]] = {}
     stem = "quality-retrieval" if given.retrieval else "quality"
     out = given.out or RESULTS / f"{stem}-{given.model}.json"
+    if given.resume and out.exists():
+        rows_before = json.loads(out.read_text(encoding="utf-8"))["configurations"]
+        known = {row["name"]: row for row in rows_before}
     rows = (
         retrieve(model, tokenizer, given.prompts)
         if given.retrieval
-        else measure(model, tokenizer, given.windows, given.only)
+        else measure(model, tokenizer, given.windows, given.only, known)
     )
     report = {
         "model": given.model,

@@ -23,6 +23,7 @@ from torch import Tensor
 from tq_core import OutlierQuantizer, TQError, gaussian_codebook
 from tq_kernels import KVFormat, decode_tokens, encode_tokens
 from tq_kernels.codec import Kind
+from tq_kernels.format import ScaleName
 
 from tq_hf.verify.simulate import RoundedHistory, Rounding
 
@@ -179,7 +180,11 @@ def kivi(head_dim: int, bits: int, *, group: int = 32, **options: Any) -> Rounde
 
 
 def outliers(
-    calibration: Mapping[int, tuple[Tensor, Tensor]], rate: float, **options: Any
+    calibration: Mapping[int, tuple[Tensor, Tensor]],
+    rate: float,
+    *,
+    scale: ScaleName = "unbiased",
+    **options: Any,
 ) -> RoundedHistory:
     """The paper's fractional rates: channels of most energy get one more bit (section 4.3).
 
@@ -189,13 +194,17 @@ def outliers(
         Keys and values of each layer, from which the channels of each head are chosen.
     rate : float
         Bits a number, both scales included.
+    scale : str
+        Of both groups of channels; the paper's is ``none``.
+    options
+        Of `RoundedHistory`.
     """
     quantizers: dict[tuple[int, int, int], OutlierQuantizer] = {}
     for layer, pair in calibration.items():
         for kind, states in enumerate(pair):
             for head, rows in enumerate(states):
                 quantizers[layer, kind, head] = OutlierQuantizer.for_rate(
-                    rows.double().numpy(), rate
+                    rows.double().numpy(), rate, scale=scale
                 )
 
     def rounding(x: Tensor, layer: int, kind: int) -> Tensor:
