@@ -52,7 +52,7 @@ def check_finite(x: NDArray[np.floating], name: str = "x") -> None:
         index = [int(i) for i in np.unravel_index(int(np.argmin(good)), x.shape)]
         value = x[tuple(index)]
         raise TQError(
-            f"{name}{index} is {value}: only finite values can be quantized; mask or "
+            f"{name}{index} is {value}: only finite values can be quantized or decoded; mask or "
             "replace them, for example with numpy.nan_to_num"
         )
 

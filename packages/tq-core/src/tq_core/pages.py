@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from tq_core.codebook import Codebook, lloyd_max
 from tq_core.errors import TQError
-from tq_core.inputs import as_vectors
+from tq_core.inputs import as_vectors, check_finite
 from tq_core.quantizer import chunks, encode_rows
 from tq_core.rotation import HadamardRotation, Rotation
 from tq_core.scale import check_scale, round_scales
@@ -416,9 +416,18 @@ def encode_record(
 def decode_record(
     record: ArrayLike, layout: PageLayout, *, rotation: Rotation | None = None
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Keys and values, float64 [..., page_size, head_dim], of records [..., record_bytes]."""
+    """Keys and values, float64 [..., page_size, head_dim], of records [..., record_bytes].
+
+    Raises
+    ------
+    TQError
+        For records of another dtype or size, and for a scale that is not finite. All other bytes
+        decode to finite numbers.
+    """
     rotation = HadamardRotation(layout.head_dim) if rotation is None else rotation
     k_codes, v_codes, k_scales, v_scales = unpack_record(record, layout)
+    check_finite(k_scales, "k_scales of the record")
+    check_finite(v_scales, "v_scales of the record")
     k = page_codebook(layout.head_dim, layout.k_bits).decode(k_codes)
     v = page_codebook(layout.head_dim, layout.v_bits).decode(v_codes)
     return (
