@@ -25,6 +25,8 @@ __all__ = ["IMPLEMENTATION", "attend", "register", "turboquant_attention"]
 
 #: Name of the attention implementation.
 IMPLEMENTATION = "turboquant"
+#: Tokens unpacked at once: what caches of a CPU hold, or enough work for a launch on a GPU.
+_CPU_CHUNK, _GPU_CHUNK = 1024, SEGMENT_TOKENS
 #: Most logits formed at once.
 _LOGITS = 2**23
 
@@ -73,7 +75,7 @@ def attend(
             f"{snapshot.tokens}; build it with cache.get_mask_sizes"
         )
     compute = torch.float64 if query.dtype == torch.float64 else torch.float32
-    block = max(1, min(queries, _LOGITS // (batch * heads * min(snapshot.tokens, SEGMENT_TOKENS))))
+    block = max(1, min(queries, _LOGITS // (batch * heads * min(snapshot.tokens, _chunk(query)))))
     out = torch.empty_like(query)
     for start in range(0, queries, block):
         rows = slice(start, start + block)
@@ -87,6 +89,10 @@ def attend(
     return out
 
 
+def _chunk(query: Tensor) -> int:
+    return _CPU_CHUNK if query.device.type == "cpu" else _GPU_CHUNK
+
+
 def _attend_block(
     q: Tensor,
     snapshot: Snapshot,
@@ -98,7 +104,7 @@ def _attend_block(
     common: dict[str, Any] = {
         "softmax_scale": softmax_scale,
         "soft_cap": soft_cap,
-        "chunk": max(16, min(SEGMENT_TOKENS, _LOGITS // (q.shape[0] * q.shape[1] * q.shape[2]))),
+        "chunk": max(16, min(_chunk(q), _LOGITS // (q.shape[0] * q.shape[1] * q.shape[2]))),
     }
     total, first = snapshot.tokens, snapshot.head[0].shape[-2]
     last = total - snapshot.tail[0].shape[-2]
