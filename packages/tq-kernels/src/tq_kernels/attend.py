@@ -15,6 +15,7 @@ from tq_core import TQError
 
 from tq_kernels.expand import expand, field_order
 from tq_kernels.format import KVFormat
+from tq_kernels.integer_dot import Digits, dot_half_integers, to_digits
 from tq_kernels.ops.rotate import compute_dtype, rotate_unchecked
 from tq_kernels.quantize import TokenCodes, codebook_of
 
@@ -131,6 +132,13 @@ def _mask(
     return logits
 
 
+def _dot(rows: Tensor | Digits, numbers: Tensor, compute: torch.dtype) -> Tensor:
+    """Products of rows with unpacked numbers, in float32 (float64)."""
+    if isinstance(rows, Digits):
+        return dot_half_integers(rows, numbers)
+    return (rows @ numbers).to(compute)
+
+
 def attend_codes(
     q: Tensor,
     keys: TokenCodes,
@@ -143,7 +151,7 @@ def attend_codes(
     query_positions: Tensor | None = None,
     sliding_window: int | None = None,
     key_center: Tensor | None = None,
-    chunk: int = 4096,
+    chunk: int = 2048,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of queries on codes.
@@ -170,8 +178,9 @@ def attend_codes(
     chunk : int
         Tokens unpacked at once.
     dtype : torch.dtype, optional
-        Type of the unpacked numbers: float32 (float64 for float64 queries) if not given. With
-        bf16 the query and the weights are rounded to bf16; the codes are exact in it.
+        Type of the unpacked numbers, in which codes are exact. With 16-bit floats the query and
+        the weights are rounded to them; with int8, on the CPU only, to 16-bit integers. Not
+        given: int8 for 16-bit queries on the CPU, else float32 (float64 for float64 queries).
 
     Returns
     -------
@@ -184,7 +193,10 @@ def attend_codes(
     kv_heads = keys.scales.shape[1]
     compute = compute_dtype(q.dtype)
     if dtype is None:
-        dtype = compute
+        half = q.dtype in (torch.float16, torch.bfloat16)
+        dtype = torch.int8 if half and q.device.type == "cpu" else compute
+    if dtype == torch.int8 and q.device.type != "cpu":
+        raise TQError(f"dtype=torch.int8 on {q.device}: runs on the CPU; leave dtype out")
     if sliding_window is not None and query_positions is None:
         raise TQError("sliding_window without query_positions: pass the positions of the queries")
     if softmax_scale is None:
@@ -196,13 +208,14 @@ def attend_codes(
     if key_center is not None:
         bias = (rows * key_center.to(compute)[:, None]).sum(dim=-1, keepdim=True) * softmax_scale
     rotated = rotate_unchecked(rows, fmt)[..., field_order(fmt, "k", q.device)]
-    rotated = (rotated * (softmax_scale * k_step)).to(dtype)
+    rotated = rotated * (softmax_scale * k_step)
+    prepared = to_digits(rotated) if dtype == torch.int8 else rotated.to(dtype)
     state = _Softmax(rows)
     for start in range(0, keys.tokens, chunk):
         stop = min(start + chunk, keys.tokens)
         part = keys.narrow(start, stop)
         numbers = expand(part.planes, fmt, "k", dtype)
-        logits = (rotated @ numbers.transpose(-1, -2)).to(compute)
+        logits = _dot(prepared, numbers.transpose(-1, -2), compute)
         logits *= part.scales.to(compute)[:, :, None]
         if bias is not None:
             logits += bias
@@ -213,7 +226,8 @@ def attend_codes(
         part = values.narrow(start, stop)
         weights *= part.scales.to(compute)[:, :, None]
         numbers = expand(part.planes, fmt, "v", dtype)
-        state.out += (weights.to(dtype) @ numbers).to(compute)
+        prepared_weights = to_digits(weights) if dtype == torch.int8 else weights.to(dtype)
+        state.out += _dot(prepared_weights, numbers, compute)
     fields, lse = state.result()
     out = torch.empty_like(fields)
     out[..., field_order(fmt, "v", q.device)] = fields * v_step

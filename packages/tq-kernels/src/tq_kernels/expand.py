@@ -20,6 +20,7 @@ __all__ = ["expand", "field_order"]
 
 #: A type as wide as four numbers, so that a lookup moves all four as one element.
 _FOUR = {
+    torch.int8: torch.int32,
     torch.float16: torch.int64,
     torch.bfloat16: torch.int64,
     torch.float32: torch.complex128,
@@ -38,10 +39,10 @@ def _table(fmt: KVFormat, kind: Kind, device: torch.device, dtype: torch.dtype) 
     """Four numbers of every index, [indices, 4]."""
     book = codebook_of(fmt, kind)
     assert book.step is not None
-    numbers = torch.from_numpy(book.centroids / book.step).to(dtype)
-    if book.bits == 4:  # two bytes as a signed number, plus 2**15
-        index = (torch.arange(2**16) + 2**15) % 2**16
-        codes = (index[:, None] >> torch.arange(0, 16, 4)) & 15
+    halves = torch.from_numpy(book.centroids / book.step)
+    numbers = (halves.floor() if dtype == torch.int8 else halves).to(dtype)
+    if book.bits == 4:  # two bytes
+        codes = (torch.arange(2**16)[:, None] >> torch.arange(0, 16, 4)) & 15
     elif book.bits == 2:  # one byte
         codes = (torch.arange(2**8)[:, None] >> torch.arange(0, 8, 2)) & 3
     else:  # one byte of the first plane, above it the third bits in bits 0, 1, 4 and 5
@@ -49,6 +50,14 @@ def _table(fmt: KVFormat, kind: Kind, device: torch.device, dtype: torch.dtype) 
         low = (index[:, None] >> torch.arange(0, 8, 2)) & 3
         codes = low | ((index[:, None] >> torch.tensor([8, 9, 12, 13])) & 1) << 2
     return numbers[codes].contiguous().to(device)
+
+
+def _pairs(plane: Tensor) -> Tensor:
+    """Two bytes as one number; a view unless strides or the offset forbid it."""
+    steps = (*plane.stride()[:-1], plane.storage_offset())
+    if plane.stride(-1) != 1 or any(step % 2 for step in steps):
+        plane = plane.contiguous()
+    return plane.view(torch.uint16)
 
 
 def _third_bits(high: Tensor, kind: Kind, dim: int) -> Tensor:
@@ -73,7 +82,7 @@ def expand(planes: tuple[Tensor, ...], fmt: KVFormat, kind: Kind, dtype: torch.d
     fmt : KVFormat
     kind : {"k", "v"}
     dtype : torch.dtype
-        fp16, bf16, float32 or float64.
+        fp16, bf16, float32, float64; or int8, for the numbers less one half.
 
     Returns
     -------
@@ -81,11 +90,12 @@ def expand(planes: tuple[Tensor, ...], fmt: KVFormat, kind: Kind, dtype: torch.d
     """
     bits = fmt.k_bits if kind == "k" else fmt.v_bits
     if bits == 8:
+        if dtype == torch.int8:
+            return (planes[0] ^ 128).view(torch.int8)
         return planes[0].to(dtype) - 127.5
     table = _table(fmt, kind, planes[0].device, dtype)
     if bits == 4:
-        pairs = planes[0].contiguous().view(torch.int16)
-        index = pairs.to(torch.int32).add_(2**15)
+        index = _pairs(planes[0]).to(torch.int32)
     else:
         index = planes[0].to(torch.int32)
         if bits == 3:

@@ -205,6 +205,7 @@ def decode_ref(
             query_positions=torch.arange(length - count, length, device=q.device),
             sliding_window=sliding_window,
             key_center=key_center,
+            dtype=compute_dtype(q.dtype),
         )
         out[rows], lse[rows] = one[0].transpose(0, 1), total[0].transpose(0, 1)
     return (out, lse) if sinks is None else merge_sink(out, lse, sinks)

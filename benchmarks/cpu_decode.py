@@ -1,0 +1,116 @@
+"""Time decode on codes against 16-bit attention on the CPU, one query on a long prefix.
+
+``python benchmarks/cpu_decode.py`` writes ``benchmarks/results/cpu-decode.json``. The ways take
+turns in one process, so that whatever else the machine does hits them alike; medians are reported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+THREADS = int(os.environ.setdefault("OMP_NUM_THREADS", "2"))
+
+import torch  # noqa: E402
+from tq_kernels import KVFormat, TokenCodes, attend_codes, attend_dense, encode_tokens  # noqa: E402
+
+HEADS, KV_HEADS, DIM = 32, 8, 128
+OUT = Path(__file__).parent / "results" / "cpu-decode.json"
+
+
+def encode(x: torch.Tensor, fmt: KVFormat, kind: str) -> TokenCodes:
+    """Codes of ``x`` [1, kv_heads, tokens, head_dim], a few thousand tokens at a time."""
+    parts = [
+        encode_tokens(x[:, :, i : i + 4096].float(), fmt, kind) for i in range(0, x.shape[2], 4096)
+    ]
+    planes = zip(*(p.planes for p in parts), strict=True)
+    return TokenCodes(
+        tuple(torch.cat(p, dim=2) for p in planes), torch.cat([p.scales for p in parts], dim=2)
+    )
+
+
+def processor() -> str:
+    """Name of the CPU."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def measure(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, dict[str, float]]:
+    """Median and least seconds of every way, taken in turns."""
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for call in ways.values():
+        call()
+    for _ in range(rounds):
+        for name, call in ways.items():
+            start = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - start)
+    return {
+        name: {"median_ms": 1e3 * statistics.median(t), "least_ms": 1e3 * min(t)}
+        for name, t in times.items()
+    }
+
+
+def main() -> None:
+    """Measure and write the result."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokens", type=int, default=32768)
+    parser.add_argument("--rounds", type=int, default=31)
+    parser.add_argument("--out", type=Path, default=OUT)
+    options = parser.parse_args()
+    torch.set_num_threads(THREADS)
+    torch.manual_seed(0)
+    q = torch.randn(1, HEADS, 1, DIM, dtype=torch.bfloat16)
+    k, v = torch.randn(2, 1, KV_HEADS, options.tokens, DIM, dtype=torch.bfloat16)
+    ways: dict[str, Callable[[], object]] = {
+        "sdpa-bf16": lambda: torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, enable_gqa=True
+        )
+    }
+    errors = {}
+    exact = attend_dense(q.float(), k, v)[0].double()
+    for bits in (4, 3, 2, 8):
+        fmt = KVFormat(DIM, bits, bits)
+        keys, values = encode(k, fmt, "k"), encode(v, fmt, "v")
+        name = f"k{bits}v{bits}"
+        ways[name] = lambda fmt=fmt, keys=keys, values=values: attend_codes(q, keys, values, fmt)
+        with torch.inference_mode():
+            out = attend_codes(q, keys, values, fmt)[0].double()
+            full = attend_codes(q.float(), keys, values, fmt)[0].double()
+        errors[name] = {
+            "of_arithmetic": float((out - full).norm() / full.norm()),
+            "of_codes": float((full - exact).norm() / exact.norm()),
+        }
+    with torch.inference_mode():
+        times = measure(ways, options.rounds)
+    base = times["sdpa-bf16"]["median_ms"]
+    result = {
+        "what": {
+            "heads": HEADS, "kv_heads": KV_HEADS, "head_dim": DIM, "batch": 1, "queries": 1,
+            "tokens": options.tokens, "dtype": "bfloat16", "rounds": options.rounds,
+        },
+        "where": {
+            "processor": processor(), "threads": THREADS, "torch": torch.__version__,
+            "python": platform.python_version(),
+            "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        },
+        "times": {
+            name: {**t, "ratio_to_sdpa": t["median_ms"] / base} for name, t in times.items()
+        },
+        "relative_errors": errors,
+    }  # fmt: skip
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    for name, t in result["times"].items():
+        print(f"{name:10} {t['median_ms']:8.2f} ms  {t['ratio_to_sdpa']:.2f}x")
+
+
+if __name__ == "__main__":
+    main()
