@@ -53,9 +53,8 @@ ROTATIONS = {
 }
 ENDS = ((0, 0), (4, 0), (0, 32), (4, 32), (4, 128))
 BOUNDARIES = ((), (0,), (0, -1), (0, 1, -2, -1))
-RETRIEVED = ("K4V4", "K4V3", "K3V3", "K3V2", "K2V2", "INT4 + Hadamard", "KIVI 2")
-RETRIEVED += ("vLLM turboquant_4bit_nc", "vLLM turboquant_3bit_nc")
-RETRIEVAL_LENGTHS = (512, 1536)
+RETRIEVED = ("K4V4", "K3V3", "K3V2", "K2V2", "INT4 + Hadamard", "vLLM turboquant_3bit_nc")
+RETRIEVAL_LENGTHS = (512, 1024)
 RETRIEVAL_DEPTHS = (0.1, 0.5, 0.9)
 
 
