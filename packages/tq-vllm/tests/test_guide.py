@@ -8,7 +8,7 @@ from pathlib import Path
 from packaging.version import Version
 from tq_kernels.presets import PRESETS
 from tq_vllm.settings import Settings
-from tq_vllm.versions import FIRST, UNTIL
+from tq_vllm.versions import FIRST, OLDER, UNTIL
 
 ROOT = Path(__file__).resolve().parents[3]
 GUIDE = (ROOT / "docs" / "vllm.md").read_text(encoding="utf-8")
@@ -29,8 +29,8 @@ def test_settings() -> None:
 
 
 def test_versions() -> None:
-    (first, last), *_ = re.findall(r"vLLM (\d\.\d+) to\s+(\d\.\d+)", GUIDE)
-    assert first == FIRST
+    (first, last, older), *_ = re.findall(r"vLLM (\d\.\d+) to\s+(\d\.\d+), or (\d\.\d+)", GUIDE)
+    assert (first, older) == (FIRST, OLDER)
     assert Version(last).minor + 1 == Version(UNTIL).minor
     package = (ROOT / "packages" / "tq-vllm" / "pyproject.toml").read_text(encoding="utf-8")
     assert f'"vllm>={FIRST},<{UNTIL}"' in package

@@ -6,12 +6,12 @@ from tq_vllm import register
 from tq_vllm.versions import check_vllm_version
 
 
-@pytest.mark.parametrize("version", ["0.29.0", "0.32.0", "0.33.1", "0.32.0+cpu", "dev"])
+@pytest.mark.parametrize("version", ["0.29.0", "0.32.0", "0.33.1", "0.32.0+cpu", "0.26.0", "dev"])
 def test_supported_versions(version: str) -> None:
     check_vllm_version(version)
 
 
-@pytest.mark.parametrize("version", ["0.28.3", "0.26.0", "0.34.0", "1.0", "0.29.0rc1"])
+@pytest.mark.parametrize("version", ["0.28.3", "0.25.1", "0.27.0", "0.34.0", "1.0", "0.29.0rc1"])
 def test_other_versions_are_refused_with_the_range(version: str) -> None:
     with pytest.raises(TQError, match=f"vllm {version}: .*>= 0.29, < 0.34"):
         check_vllm_version(version)

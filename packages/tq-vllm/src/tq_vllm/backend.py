@@ -11,12 +11,15 @@ from tq_core import TQError
 from tq_kernels import KVFormat
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionBackend, MultipleOf
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
+from tq_vllm.older_pages import OLDER_PAGES, OlderPages, older_spec
 from tq_vllm.settings import FINE_BITS, Settings, load_settings
 from tq_vllm.versions import check_vllm_version
 
 if TYPE_CHECKING:
+    from vllm.v1.kv_cache_interface import KVCacheLayout
+
     from tq_vllm.impl import TurboQuantImpl
     from tq_vllm.metadata import TurboQuantMetadataBuilder
 
@@ -47,7 +50,7 @@ def _format(head_dim: int, page_size: int, fine: bool, settings: Settings) -> KV
     )
 
 
-class TurboQuantBackend(AttentionBackend):
+class TurboQuantBackend(OlderPages, AttentionBackend):
     """Attention on pages of codes; a page is exactly ``heads * tokens * slot_bytes`` bytes."""
 
     #: Whether it is for layers that get more bits.
@@ -75,6 +78,8 @@ class TurboQuantBackend(AttentionBackend):
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
         """All layouts in which the bytes of a page and head are contiguous."""
+        from vllm.v1.kv_cache_interface import KVCacheLayout
+
         return (
             KVCacheLayout.LBHNC,
             KVCacheLayout.BLHNC,
@@ -95,7 +100,7 @@ class TurboQuantBackend(AttentionBackend):
         TQError
             For layers that are no plain or sliding-window attention.
         """
-        if spec.state_content_bytes is not None:
+        if spec.dtype == torch.uint8:
             return spec
         if type(spec) not in (FullAttentionSpec, SlidingWindowSpec):
             raise TQError(
@@ -108,6 +113,8 @@ class TurboQuantBackend(AttentionBackend):
                 "TurboQuant pages need equal ones; serve without --attention-backend CUSTOM"
             )
         slot = page_format(spec.head_size, 16, cls.fine).slot_bytes
+        if OLDER_PAGES:
+            return older_spec(spec, slot)
         return replace(spec, dtype=torch.uint8, state_content_bytes=slot)
 
     @classmethod

@@ -18,6 +18,7 @@ from vllm.v1.attention.selector import AttentionSelectorConfig
 
 from tq_vllm.backend import FineTurboQuantBackend
 from tq_vllm.center import load_center
+from tq_vllm.older_pages import OLDER_PAGES, answer_with_pages
 from tq_vllm.settings import load_settings, named_layers
 
 if TYPE_CHECKING:
@@ -62,16 +63,12 @@ def assign_layer(impl: TurboQuantImpl, act_dtype: torch.dtype) -> None:
 
     Called after the weights are loaded and before vLLM asks layers for the sizes of their pages.
     """
-    settings = load_settings()
-    if settings.skip_layers == settings.layers_fine == "none" and settings.key_center is None:
-        return
-    config = impl.vllm_config
+    settings, config = load_settings(), impl.vllm_config
     name, layer = _own_layer(impl)
     pages_of = impl.kv_sharing_target_layer_name or name
-    if settings.key_center is not None:
-        number = extract_layer_index(pages_of)
-        impl.ops.key_center = load_center(settings.key_center, number, impl)
     number, total = extract_layer_index(pages_of), config.model_config.get_total_num_hidden_layers()
+    if settings.key_center is not None:
+        impl.ops.key_center = load_center(settings.key_center, number, impl)
     windowed = impl.sliding_window is not None
 
     def named(text: str) -> bool:
@@ -80,8 +77,11 @@ def assign_layer(impl: TurboQuantImpl, act_dtype: torch.dtype) -> None:
 
     if named(settings.skip_layers):
         _keep_at_16_bits(impl, layer, act_dtype)
-    elif named(settings.layers_fine):
+        return
+    if named(settings.layers_fine):
         impl.fine, layer.attn_backend = True, FineTurboQuantBackend
+    if OLDER_PAGES:
+        answer_with_pages(layer)
 
 
 def _keep_at_16_bits(impl: TurboQuantImpl, layer: Any, act_dtype: torch.dtype) -> None:

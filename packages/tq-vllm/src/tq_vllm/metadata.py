@@ -26,7 +26,7 @@ def batch_limits(vllm_config: Any) -> tuple[int, int, int]:
     if getattr(speculation, "parallel_drafting", False):
         drafts *= 2
     sequences = vllm_config.scheduler_config.max_num_seqs
-    captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+    captured = getattr(vllm_config.compilation_config, "max_cudagraph_capture_size", 0) or 0
     tokens = vllm_config.scheduler_config.max_num_batched_tokens
     return max(sequences, -(-captured // (1 + drafts))), 1 + drafts, max(tokens, captured)
 

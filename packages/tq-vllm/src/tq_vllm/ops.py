@@ -218,6 +218,10 @@ class FusedOps(EagerOps):
         for length in {1, self.shape.max_decode_query_len}:
             _decode_plan(self.shape, fmt, length, dtype, device)
         _prefill_plan(self.shape, fmt, dtype, device)
+        # What a prefill passes between its kernels: four float32 outputs at most. Allocated and
+        # freed, it counts in the peak that vLLM leaves room for.
+        numbers = 4 * self.shape.max_tokens * self.shape.heads * fmt.head_dim
+        torch.empty(numbers, dtype=torch.float32, device=device)
 
     def store(self, k: Tensor, v: Tensor, pages: Tensor, slots: Tensor, fmt: KVFormat) -> None:
         store(self.centered(k), v, pages, slots, fmt)

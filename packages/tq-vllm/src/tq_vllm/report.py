@@ -57,13 +57,14 @@ def cache_bytes(vllm_config: Any) -> CacheBytes:
         spec = layer.get_kv_cache_spec(vllm_config)
         if spec is None:
             continue
-        customized = layer.attn_backend.customize_spec(spec)
+        if hasattr(layer.attn_backend, "customize_spec"):
+            spec = layer.attn_backend.customize_spec(spec)
         layers += 1
-        token += customized.page_size_bytes / customized.block_size
-        plain += spec.num_kv_heads * 2 * spec.head_size * 2
+        token += spec.page_size_bytes / spec.block_size
+        plain += layer.num_kv_heads * 2 * layer.head_size * 2
         if issubclass(layer.attn_backend, TurboQuantBackend):
             compressed += 1
-            slots.add(customized.state_content_size_bytes)
+            slots.add(spec.page_size_bytes // (spec.block_size * layer.num_kv_heads))
     return CacheBytes(token, plain, tuple(sorted(slots)), layers, compressed)
 
 

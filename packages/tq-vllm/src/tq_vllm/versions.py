@@ -5,10 +5,12 @@ from __future__ import annotations
 from packaging.version import Version
 from tq_core import TQError
 
-__all__ = ["FIRST", "UNTIL", "check_vllm_version"]
+__all__ = ["FIRST", "OLDER", "UNTIL", "check_vllm_version"]
 
 #: First supported version, and the first one that is not.
 FIRST, UNTIL = "0.29", "0.34"
+#: An older version that `tq_vllm.older_pages` makes work.
+OLDER = "0.26"
 
 
 def check_vllm_version(version: str | None = None) -> None:
@@ -27,8 +29,11 @@ def check_vllm_version(version: str | None = None) -> None:
         version = vllm.__version__
     if version == "dev":  # a source tree without version, whose owner knows what it is
         return
-    if not Version(FIRST) <= Version(version) < Version(UNTIL):
+    found = Version(version)
+    if not (
+        Version(FIRST) <= found < Version(UNTIL) or found.release[:2] == Version(OLDER).release
+    ):
         raise TQError(
-            f"vllm {version}: tq-vllm supports vllm >= {FIRST}, < {UNTIL}; install one of these, "
-            "or unset the TQ_ variables and --attention-backend CUSTOM"
+            f"vllm {version}: tq-vllm supports vllm >= {FIRST}, < {UNTIL}, and {OLDER}; install "
+            "one of these, or unset the TQ_ variables and --attention-backend CUSTOM"
         )
