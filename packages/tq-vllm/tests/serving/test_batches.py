@@ -239,3 +239,83 @@ def test_batches_agree_with_attention_on_dequantized_pages(vllm_config, monkeypa
     # Distortion of the values (theory: 4^-b * 2.72), that of the keys through the softmax.
     bound = 2.72 * 4.0**-case.v_bits + 3 * 2.72 * 4.0**-case.k_bits
     assert error <= bound * energy
+
+
+class RecordingOps:
+    """Notes what it is asked for; computes nothing."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, tuple]] = []
+
+    def __getattr__(self, name: str):
+        return lambda *arguments: self.asked.append((name, arguments))
+
+
+@pytest.mark.parametrize("prefill", ["exact", "stored"])
+@pytest.mark.parametrize("speculated", [0, 3])
+def test_no_tensor_of_the_device_is_read_on_the_host(vllm_config, monkeypatch, prefill, speculated):
+    """Tensors without memory stand for the device's: reading one of their values raises."""
+    from tq_vllm.backend import TurboQuantBackend
+    from vllm.config import set_current_vllm_config
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    monkeypatch.setenv("TQ_PREFILL", prefill)
+    monkeypatch.setattr("tq_vllm.metadata.report_cache", lambda _: None)
+    with set_current_vllm_config(vllm_config):
+        impl = TurboQuantBackend.get_impl_cls()(4, 128, 0.1, 2)
+    impl.ops = ops = RecordingOps()
+    spec = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=128, dtype=torch.bfloat16)
+    speculation = SimpleNamespace(num_speculative_tokens=speculated, parallel_drafting=False)
+    config = SimpleNamespace(
+        speculative_config=speculation if speculated else None,
+        parallel_config=vllm_config.parallel_config,
+    )
+    builder = TurboQuantBackend.get_builder_cls()(
+        TurboQuantBackend.customize_spec(spec), ["layer"], config, torch.device("meta")
+    )
+    new, lengths = [1, 1 + speculated, 9, 20], [40, 33, 60, 20]
+    starts = torch.tensor([0, *new]).cumsum(0).int()
+    tokens = sum(new)
+    on_device = {"device": "meta", "dtype": torch.int32}
+    common = CommonAttentionMetadata(
+        query_start_loc=torch.empty(5, **on_device),
+        query_start_loc_cpu=starts,
+        seq_lens=torch.empty(4, **on_device),
+        num_reqs=4,
+        num_actual_tokens=tokens,
+        max_query_len=20,
+        max_seq_len=60,
+        block_table_tensor=torch.empty(4, 8, **on_device),
+        slot_mapping=torch.empty(tokens, device="meta", dtype=torch.int64),
+        seq_lens_cpu_upper_bound=torch.tensor(lengths, dtype=torch.int32),
+    )
+    q = torch.empty(tokens, 4, 128, device="meta", dtype=torch.bfloat16)
+    k = torch.empty(tokens, 2, 128, device="meta", dtype=torch.bfloat16)
+    cache = torch.empty(9, 2, 16, 132, device="meta", dtype=torch.uint8)
+    metadata = builder.build(0, common)
+    impl.do_kv_cache_update(None, k, k, cache, common.slot_mapping)
+    impl.forward(None, q, k, k, cache, metadata, torch.empty_like(q))
+    names = [name for name, _ in ops.asked]
+    assert names == ["store", "decode", "prefill" if prefill == "exact" else "prefill_stored"]
+    decode, last = ops.asked[1][1], ops.asked[2][1]
+    assert decode[0].shape[0] == 2 + speculated
+    assert (decode[-1] is None) == (not speculated)
+    assert last[0].shape[0] == 29
+    assert last[-1] == ([9, 20], [51, 0])
+    with pytest.raises(RuntimeError, match="meta"):
+        metadata.seq_lens.tolist()
+
+
+def test_layers_share_buffers_whose_size_knows_no_context_length():
+    from tq_vllm.ops import FusedOps, LayerShape, _decode_plan, _prefill_plan
+
+    shape = LayerShape(4, 2, 0.1, max_batch=4, max_decode_query_len=3, max_tokens=64)
+    fmt, device = KVFormat(128), torch.device("cpu")
+    for _ in range(3):  # layers
+        FusedOps(shape).reserve(fmt, torch.float32, device)
+    assert _decode_plan.cache_info().hits >= 4
+    assert _prefill_plan.cache_info().hits >= 2
+    plan, lse = _decode_plan(shape, fmt, 3, torch.float32, device)
+    assert lse.shape == (12, 4)
+    assert plan.workspace_bytes < 2**22

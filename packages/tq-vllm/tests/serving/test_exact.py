@@ -25,7 +25,7 @@ def check(engine, case, tolerance=0.05):
         assert got == pytest.approx(want.logprobs, abs=tolerance)
 
 
-@pytest.mark.parametrize("bits", [(4, 4), (4, 3), (3, 3), (8, 4)], ids="K{0[0]}V{0[1]}".format)
+@pytest.mark.parametrize("bits", [(4, 4), (4, 3)], ids="K{0[0]}V{0[1]}".format)
 def test_continuations_are_those_of_transformers_with_the_same_rounding(
     start, reference, decide, tiny, bits
 ):
