@@ -69,7 +69,8 @@ def reproduce(
     for name in names:
         start = time.perf_counter()
         with console.status(name) as status:
-            rows = EXPERIMENTS[name].measure(quick, status.update)
+            note = status.update if console.is_terminal else console.print
+            rows = EXPERIMENTS[name].measure(quick, note)
             status.update(f"{name}: drawing")
             if plots:
                 EXPERIMENTS[name].draw(rows, out / f"{name}.png")

@@ -39,7 +39,7 @@ def measure(quick: bool = False, note: Note = print) -> list[Row]:
     The number of vectors falls with the dimension and is stated. Decoding is not timed.
     """
     rows = []
-    sizes = {64: 500} if quick else {64: 50000, 128: 50000, 200: 30000, 1536: 8000, 3072: 4000}
+    sizes = {64: 500} if quick else {64: 50000, 128: 50000, 200: 10000, 1536: 3000, 3072: 2000}
     for dim, count in sizes.items():
         x = clusters(count, dim, seed=5)
         printed = "TurboQuant", "RaBitQ", "product quantization"
