@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tq_core import TQError
@@ -248,6 +249,15 @@ def test_a_file_of_another_model_is_refused(tmp_path: Path) -> None:
     three = LlamaConfig(**{**SHAPE, "num_hidden_layers": 3})
     with pytest.raises(TQError, match="3 cache layers"):
         TurboQuantCache.load(tmp_path / "c", three)
+
+
+@pytest.mark.skipif(int(transformers.__version__[0]) < 5, reason="4.57 refuses such models")
+@pytest.mark.parametrize("model_type", ["qwen3_next", "falcon_h1"])
+def test_recurrent_layers_cannot_be_saved(tmp_path: Path, model_type: str) -> None:
+    cache = TurboQuantCache(transformers.AutoConfig.for_model(model_type))
+    with pytest.raises(TQError, match="only attention layers can be saved"):
+        cache.save(tmp_path / "c")
+    assert not list(tmp_path.iterdir())
 
 
 def test_nothing_is_left_of_a_write_that_fails(tmp_path: Path) -> None:

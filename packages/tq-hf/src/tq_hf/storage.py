@@ -70,7 +70,7 @@ class _State:
             counts = (head.shape[-2], layer.history.tokens, tail.shape[-2])
             center = layer.key_center is not None
             return cls(batch, kv_heads, dim, _NAMES[tail.dtype], *counts, sum(counts), center)
-        if layer.keys is None and not isinstance(layer, CacheLayerMixin):
+        if not isinstance(layer, CacheLayerMixin) and getattr(layer, "keys", layer) is None:
             return None  # holds nothing by design
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             raise TQError(
