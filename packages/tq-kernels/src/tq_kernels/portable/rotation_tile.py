@@ -88,7 +88,9 @@ def rotation_parts(
 def step_width(dim: int) -> int:
     """Coordinates of the vectors that :func:`rotate_rows` takes at a time."""
     lowest = dim & -dim
-    return min(lowest, 64 if lowest == dim else 32)
+    if lowest == dim:
+        return dim if dim <= 128 else 64
+    return min(lowest, 32)
 
 
 @triton.jit
@@ -97,6 +99,27 @@ def _dot(x, part, y):
         return tl.dot(x.to(tl.float32), part.to(tl.float32), y, input_precision="ieee")
     else:
         return tl.dot(x, part, y)
+
+
+@triton.jit
+def _add_product(
+    y, rows, mask, inverse, matrix, start,
+    D: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, PARTS: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """Add the product of ``STEP`` coordinates from ``start`` on."""
+    dims = start + tl.arange(0, STEP)
+    x = tl.load(rows[:, None] + dims[None, :], mask=mask[:, None], other=0.0)
+    place = matrix + dims[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    part = tl.load(place)
+    if WIDE:
+        scaled = x * inverse[:, None]
+        x = scaled.to(tl.float16)
+        y = _dot((scaled - x.to(tl.float32)).to(tl.float16), part, y)
+    y = _dot(x, part, y)
+    for n in tl.static_range(1, PARTS):
+        y = _dot(x, tl.load(place + n * D * COLUMNS), y)
+    return y
 
 
 @triton.jit
@@ -111,7 +134,6 @@ def rotate_rows(
     product is their product times the factor of the matrix.
     """
     WIDE: tl.constexpr = rows.dtype.element_ty == tl.float32
-    columns = tl.arange(0, COLUMNS)
     unit = tl.full([BLOCK], 1.0, tl.float32)
     inverse = unit
     if WIDE:
@@ -125,16 +147,9 @@ def rotate_rows(
         inverse = ((268 - exponent) << 23).to(tl.float32, bitcast=True)
         unit = ((exponent - 14) << 23).to(tl.float32, bitcast=True)
     y = tl.zeros([BLOCK, COLUMNS], tl.float32)
-    for start in range(0, D, STEP):
-        dims = start + tl.arange(0, STEP)
-        x = tl.load(rows[:, None] + dims[None, :], mask=mask[:, None], other=0.0)
-        place = matrix + dims[:, None] * COLUMNS + columns[None, :]
-        part = tl.load(place)
-        if WIDE:
-            scaled = x * inverse[:, None]
-            x = scaled.to(tl.float16)
-            y = _dot((scaled - x.to(tl.float32)).to(tl.float16), part, y)
-        y = _dot(x, part, y)
-        for n in tl.static_range(1, PARTS):
-            y = _dot(x, tl.load(place + n * D * COLUMNS), y)
+    if D == STEP:
+        y = _add_product(y, rows, mask, inverse, matrix, 0, D, COLUMNS, STEP, PARTS, WIDE)
+    else:
+        for start in range(0, D, STEP):
+            y = _add_product(y, rows, mask, inverse, matrix, start, D, COLUMNS, STEP, PARTS, WIDE)
     return y, unit

@@ -54,7 +54,10 @@ def _encode_block(
     slot = tl.load(slots + token, mask=token < tokens, other=-1).to(tl.int32)
     mask = slot >= 0
     rows = x + token.to(tl.int64) * x_token_stride + head * x_head_stride
-    y, unit = rotate_rows(rows, mask, matrix, BLOCK, D, COLUMNS, STEP, PARTS)
+    if BITS < 8:
+        words = tl.load(table + tl.arange(0, TABLE))
+    # tokens that are not stored are computed as well, so as not to wait for their slots
+    y, unit = rotate_rows(rows, token < tokens, matrix, BLOCK, D, COLUMNS, STEP, PARTS)
     norm = tl.sqrt(sum_products(y, y))
     safe = tl.where(norm == 0.0, 1.0, norm)
     if BITS == 8:
@@ -67,7 +70,6 @@ def _encode_block(
         if TABLE == 256:
             at = tl.minimum(tl.maximum(at, -128.0), 127.0)
         index = (at + _ROUND).to(tl.int32, bitcast=True) & (TABLE - 1)
-        words = tl.load(table + tl.arange(0, TABLE))
         entry = tl.gather(words, tl.reshape(index, (BLOCK * COLUMNS,)), 0)
         entry = tl.reshape(entry, (BLOCK, COLUMNS))
         codes = entry & 15
