@@ -20,6 +20,21 @@ __all__ = ["attend_pages"]
 
 
 @triton.jit
+def _weigh(
+    shares, rests, words, PARITY: tl.constexpr, BITS: tl.constexpr,
+    T0: tl.constexpr, T1: tl.constexpr, FINE: tl.constexpr,
+):  # fmt: skip
+    """Sums of the values of four tokens a quad, for the dimensions of one parity."""
+    summed = tl.zeros([shares[0].shape[0], words.shape[1]], tl.float32)
+    for t in tl.static_range(4):
+        v = number(words, t if BITS == 8 else 2 * t + PARITY, BITS, T0, T1)
+        summed = tl.dot(shares[t], v, summed)
+        if FINE:
+            summed = tl.dot(rests[t], v, summed)
+    return summed
+
+
+@triton.jit
 def attend_pages(
     q_digits, q_stats, pages, block_table, seq_lens, cu_query_lens, partial_out, partial_stats,
     soft_cap, window, num_splits, least, row_blocks, kv_heads, group, split_stride,
@@ -147,21 +162,16 @@ def attend_pages(
                 record[:, None], (slot // 4)[:, None], n_value[None, :], mask, 1,
                 V_BITS, K_BITS, D, PAGE,
             )  # fmt: skip
-        sum_even = tl.zeros([ROWS, V_WIDTH], tl.float32)
-        sum_odd = tl.zeros([ROWS, V_WIDTH], tl.float32)
+        shares = ()
+        rests = ()
         for t in tl.static_range(4):
             p = weights[t] / peak[:, None]
-            w = p.to(tl.float16)
-            v_even = number(words_even, t if V_BITS == 8 else 2 * t, V_BITS, V0, V1)
-            v_odd = number(words_odd, t if V_BITS == 8 else 2 * t + 1, V_BITS, V0, V1)
-            sum_even = tl.dot(w, v_even, sum_even)
-            sum_odd = tl.dot(w, v_odd, sum_odd)
-            if FINE:
-                rest = (p - w.to(tl.float32)).to(tl.float16)
-                sum_even = tl.dot(rest, v_even, sum_even)
-                sum_odd = tl.dot(rest, v_odd, sum_odd)
-        even = even * shrink[:, None] + sum_even * peak[:, None]
-        odd = odd * shrink[:, None] + sum_odd * peak[:, None]
+            shares = shares + (p.to(tl.float16),)
+            rests = rests + ((p - shares[t].to(tl.float32)).to(tl.float16),)
+        summed = _weigh(shares, rests, words_even, 0, V_BITS, V0, V1, FINE)
+        even = even * shrink[:, None] + summed * peak[:, None]
+        summed = _weigh(shares, rests, words_odd, 1, V_BITS, V0, V1, FINE)
+        odd = odd * shrink[:, None] + summed * peak[:, None]
 
     at += split.to(tl.int64) * split_stride
     tl.store(partial_stats + at * 2, top, mask=inside)
