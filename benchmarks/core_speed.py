@@ -45,7 +45,7 @@ def encoding() -> list[dict[str, Any]]:
                 quantizer = MSEQuantizer(128, bits, rotation, compute_dtype=dtype)
                 some = x if dtype == "float32" else x[:50_000]
                 quantizer.encode(some[:4096])
-                seconds = cpu_seconds(lambda q=quantizer, s=some: q.encode(s), 5)
+                seconds = cpu_seconds(lambda q=quantizer, s=some: q.encode(s), 3)
                 rows.append(
                     {
                         "dim": 128,
@@ -85,7 +85,7 @@ def search() -> list[dict[str, Any]]:
         q = rng.standard_normal((count, DIM)).astype(np.float32)
         for name, (one, scale) in indexes.items():
             one.search(q, TOP)
-            seconds = cpu_seconds(lambda i=one, q=q: i.search(q, TOP), 3)
+            seconds = cpu_seconds(lambda i=one, q=q: i.search(q, TOP), 2)
             rows.append(
                 {
                     "index": name,
