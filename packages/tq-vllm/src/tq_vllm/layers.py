@@ -62,26 +62,40 @@ def assign_layer(impl: TurboQuantImpl, act_dtype: torch.dtype) -> None:
     """Give the layer of ``impl`` the backend that the settings name for it.
 
     Called after the weights are loaded and before vLLM asks layers for the sizes of their pages.
+    Settings that name layers mean those of the served model, not of a draft model.
     """
-    settings, config = load_settings(), impl.vllm_config
+    settings, model = load_settings(), impl.vllm_config.model_config
+    chosen = settings.skip_layers, settings.layers_fine, settings.key_center
+    if chosen == ("none", "none", None) and not OLDER_PAGES:
+        return
     name, layer = _own_layer(impl)
-    pages_of = impl.kv_sharing_target_layer_name or name
-    number, total = extract_layer_index(pages_of), config.model_config.get_total_num_hidden_layers()
+    if chosen != ("none", "none", None) and getattr(model, "runner_type", None) != "draft":
+        number = extract_layer_index(impl.kv_sharing_target_layer_name or name)
+        total = model.get_total_num_hidden_layers()
+        if number < total and _single_out(impl, layer, number, total, act_dtype):
+            return
+    if OLDER_PAGES:
+        answer_with_pages(layer)
+
+
+def _single_out(
+    impl: TurboQuantImpl, layer: Any, number: int, total: int, act_dtype: torch.dtype
+) -> bool:
+    """Apply the settings to a layer of the served model; whether it is kept at 16 bits."""
+    settings = load_settings()
     if settings.key_center is not None:
         impl.ops.key_center = load_center(settings.key_center, number, impl)
-    windowed = impl.sliding_window is not None
 
     def named(text: str) -> bool:
         numbers, sliding = named_layers(text, total)
-        return number in numbers or (sliding and windowed)
+        return number in numbers or (sliding and impl.sliding_window is not None)
 
     if named(settings.skip_layers):
         _keep_at_16_bits(impl, layer, act_dtype)
-        return
+        return True
     if named(settings.layers_fine):
         impl.fine, layer.attn_backend = True, FineTurboQuantBackend
-    if OLDER_PAGES:
-        answer_with_pages(layer)
+    return False
 
 
 def _keep_at_16_bits(impl: TurboQuantImpl, layer: Any, act_dtype: torch.dtype) -> None:

@@ -109,6 +109,16 @@ def test_a_draft_model_gives_the_same_tokens(start, tiny, prompts, expected):
         assert engine.metric("vllm:spec_decode_num_accepted_tokens") > 0
 
 
+def test_settings_that_name_layers_mean_those_of_the_served_model(start, tiny):
+    speculation = {"model": str(tiny), "num_speculative_tokens": 2}
+    settings = {"TQ_PRESET": "tq3", "TQ_FINE_LAYERS": "0,5"}
+    with start(tiny, settings, speculative_config=speculation) as engine:
+        slots = {n: layer.kv_cache.shape[-1] for n, layer in engine.layers.items()}
+    served = [slot for name, slot in slots.items() if not name.startswith("draft")]
+    assert served == [196, 100, 100, 100, 100, 196]
+    assert [slot for name, slot in slots.items() if name.startswith("draft")] == [100] * 6
+
+
 def test_ngram_speculation_gives_the_same_tokens(start, tiny, prompts, expected):
     speculation = {
         "method": "ngram",
