@@ -105,7 +105,7 @@ class Resources:
     registers : int
         Registers a lane (AMD: vector registers, accumulators included).
     spills : int
-        Bytes of stack a lane on NVIDIA, spilled registers on AMD.
+        Bytes of stack a lane on NVIDIA, spilled vector registers on AMD.
     allowed : int
         Spills that the variant may have.
     shared : int
@@ -161,7 +161,8 @@ def _amd_usage(assembly: str) -> tuple[int, int]:
         found = re.search(rf"\.{field}:\s*(\d+)", assembly)
         return int(found[1]) if found else 0
 
-    return count("vgpr_count"), count("vgpr_spill_count") + count("sgpr_spill_count")
+    # Scalar registers spill into lanes of vector registers, not into memory.
+    return count("vgpr_count"), count("vgpr_spill_count")
 
 
 def compile_variant(variant: Variant, target: str) -> Resources:

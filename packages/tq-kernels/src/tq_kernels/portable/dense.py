@@ -199,8 +199,12 @@ def dense_shape(dim: int, dtype: torch.dtype, max_q: int) -> dict[str, int]:
     """Query rows and keys of a block, and warps."""
     if dtype == torch.float32:
         return {"ROWS": 16, "KEYS": 32, "WARPS": 4}
-    rows = 64 if max_q > 16 else 16
-    return {"ROWS": rows, "KEYS": 64, "WARPS": 8 if dim > 128 and rows == 64 else 4}
+    keys = 32 if dim > 64 else 64
+    if max_q <= 16:
+        return {"ROWS": 16, "KEYS": keys, "WARPS": 4}
+    if 64 < dim <= 128:
+        return {"ROWS": 128, "KEYS": keys, "WARPS": 8}
+    return {"ROWS": 64, "KEYS": keys, "WARPS": 8 if dim > 128 else 4}
 
 
 def dense_constants(

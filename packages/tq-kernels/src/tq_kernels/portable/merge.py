@@ -50,7 +50,7 @@ def merge_kernel(
 
 def merge_constants(dim: int, sinks: bool) -> dict[str, int | bool]:
     """Constants of :func:`merge_kernel`."""
-    return {"D": dim, "WIDTH": triton.next_power_of_2(dim), "ROWS": 16, "SINKS": sinks}
+    return {"D": dim, "WIDTH": triton.next_power_of_2(dim), "ROWS": 8, "SINKS": sinks}
 
 
 def merge_rows(
@@ -73,7 +73,7 @@ def merge_rows(
     """
     tokens, heads, dim = out.shape
     rows = tokens * heads
-    merge_kernel[(-(-rows // 16),)](
+    merge_kernel[(-(-rows // 8),)](
         out, lse, out2, lse2, target, target_lse, lse if sinks is None else sinks, rows, heads,
         out.stride(0), out.stride(1), lse.stride(0),
         out2.stride(0), out2.stride(1), lse2.stride(0), lse2.stride(1),

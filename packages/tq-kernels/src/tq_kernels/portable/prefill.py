@@ -365,17 +365,17 @@ def aot_variants() -> list[Variant]:
     """Variants of the kernels of prefill over head_dim, dtype and options."""
     found = []
     strides = [f"{x}_{y}_stride" for x in "qkv" for y in ("token", "head")]
-    for dim, dtype, rows, options, quick in (
-        (64, "bf16", 64, False, False),
-        (128, "bf16", 64, False, True),
-        (128, "fp16", 16, True, False),
-        (80, "fp16", 64, True, False),
-        (192, "bf16", 64, True, False),
-        (256, "bf16", 64, False, False),
-        (128, "fp32", 64, True, False),
+    for dim, dtype, longest, options, quick in (
+        (64, "bf16", 2048, False, False),
+        (128, "bf16", 2048, False, True),
+        (128, "fp16", 1, True, False),
+        (80, "fp16", 2048, True, False),
+        (192, "bf16", 2048, True, False),
+        (256, "bf16", 2048, False, False),
+        (128, "fp32", 2048, True, False),
     ):
         torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
-        shape = dense_shape(dim, torch_dtype, 64 if rows == 64 else 1)
+        shape = dense_shape(dim, torch_dtype, longest)
         found.append(
             Variant(
                 name=f"dense-d{dim}-{dtype}-rows{shape['ROWS']}" + "-all" * options,
@@ -428,6 +428,7 @@ def aot_variants() -> list[Variant]:
                 },
                 constexprs=merge_constants(dim, sinks=True),
                 num_warps=4,
+                aligned=tuple(n for n in merge_strides if not n.startswith(("lse", "target_lse"))),
                 quick=dim == 128,
             )
         )  # fmt: skip
