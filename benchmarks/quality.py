@@ -134,6 +134,10 @@ def settings(model: Any, tokenizer: Any) -> Settings:
             label = f"layers {', '.join(map(str, skipped))} at 16 bits" if skipped else ""
             show = {"kept": list(skipped)}
             put("boundaries", bits, bits, label, skip_layers=skipped, show=show)
+    if biased:
+        for name, label in (("none", "centre none"), ("calibration", "")):
+            source = None if name == "none" else centers
+            put("centring", 8, 4, label, centers=source, show={"centring": name})
     pairs = ((8, 8), (8, 4), (4, 4), (4, 3), (3, 4), (3, 3), (4, 2), (2, 4), (3, 2), (2, 3), (2, 2))
     for k, v in pairs:
         put("bits", k, v)

@@ -17,7 +17,13 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ("README.md", "docs/performance.md", "docs/research.md")
+DOCUMENTS = (
+    "README.md",
+    "docs/performance.md",
+    "docs/research.md",
+    "docs/quality.md",
+    "docs/presets.md",
+)
 MARKER = re.compile(r"<!-- table:([\w-]+) -->\n(.*?)<!-- /table:\1 -->", re.DOTALL)
 TABLES: dict[str, Callable[[], str]] = {}
 
@@ -362,6 +368,193 @@ def core_search() -> str:
         table.append((name, *times, str(some[counts[0]]["bytes_per_vector"])))
     header = ("ms a query, queries at once:", *map(str, counts), "bytes a vector")
     return markdown(header, table)
+
+
+MODELS = ("tiny", "tiny-large-bias")
+
+
+def quality(model: str, group: str | None = None) -> list[dict[str, Any]]:
+    """Configurations that ``benchmarks/quality.py`` measured, of one of its groups."""
+    found = load(f"benchmarks/results/quality-{model}.json")["configurations"]
+    return [row for row in found if group is None or group in row["groups"]]
+
+
+def quality_change(row: dict[str, Any]) -> str:
+    """Change of the perplexity and its interval."""
+    low, high = row["change_interval"]
+    return f"{row['change']:+.2%} ({low:+.2%} to {high:+.2%})"
+
+
+def quality_option(value: Any) -> str:
+    """An option of a configuration; a list of layers without brackets."""
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    return str(value)
+
+
+def quality_ablation(group: str, *shown: str) -> str:
+    """Both models side by side: divergence and change of perplexity."""
+    header = [*shown, "bytes"]
+    for model in MODELS:
+        header += [f"`{model}`: KL", "perplexity"]
+    other = {row["name"]: row for row in quality(MODELS[1], group)}
+    first = {row["name"]: row for row in quality(MODELS[0], group)}
+    rows = []
+    for name in dict.fromkeys([*first, *other]):
+        row = first.get(name) or other[name]
+        rounded = f"K{row['k_bits']}V{row['v_bits']}" if "k_bits" in row else name
+        keys = [rounded if key == "format" else quality_option(row[key]) for key in shown]
+        cells = [*keys, f"{row['bytes_per_token'] / 12:,.0f}"]
+        for found in (first.get(name), other.get(name)):
+            missing = found is None
+            cells += ["", ""] if missing else [f"{found['kl_mean']:.5f}", quality_change(found)]
+        rows.append(cells)
+    return markdown(header, rows)
+
+
+@table("quality-scale")
+def quality_scale() -> str:
+    """What the stored scale is matched to."""
+    return quality_ablation("scale", "format", "scale")
+
+
+@table("quality-rotation")
+def quality_rotation() -> str:
+    """The rotation."""
+    return quality_ablation("rotation", "format", "rotation")
+
+
+@table("quality-centring")
+def quality_centring() -> str:
+    """Where the key center comes from."""
+    rows = []
+    for model in MODELS:
+        for row in quality(model, "centring"):
+            source = row["centring"]
+            cells = (f"`{model}`", f"K{row['k_bits']}V{row['v_bits']}", source)
+            rows.append(
+                (*cells, f"{row['kl_mean']:.5f}", f"{row['top1']:.2%}", quality_change(row))
+            )
+    return markdown(("model", "format", "center", "KL", "same best token", "perplexity"), rows)
+
+
+@table("quality-ends")
+def quality_ends() -> str:
+    """Sinks and window."""
+    return quality_ablation("ends", "format", "sink_tokens", "window_tokens")
+
+
+@table("quality-boundaries")
+def quality_boundaries() -> str:
+    """Layers kept at 16 bits."""
+    return quality_ablation("boundaries", "format", "kept")
+
+
+@table("quality-bits")
+def quality_bits() -> str:
+    """Bits of keys and values."""
+    return quality_ablation("bits", "format")
+
+
+def quality_rivals(model: str) -> str:
+    """All formats of a model by size."""
+    rows = [
+        (
+            f"**{row['name']}**" if "k_bits" in row else row["name"],
+            f"{row['slot_bytes']:.0f}",
+            f"{row['kl_mean']:.5f}",
+            f"{row['kl_p99']:.4f}",
+            f"{row['top1']:.2%}",
+            quality_change(row),
+        )
+        for row in sorted(quality(model, "rivals"), key=lambda r: -r["slot_bytes"])
+    ]
+    header = ("format", "bytes", "KL, mean", "KL, 99th percentile", "same best token", "perplexity")
+    return markdown(header, rows)
+
+
+@table("quality-rivals-tiny")
+def quality_rivals_tiny() -> str:
+    """Competitors on the plain model."""
+    return quality_rivals("tiny")
+
+
+@table("quality-rivals-large-bias")
+def quality_rivals_large_bias() -> str:
+    """Competitors on the model with key biases."""
+    return quality_rivals("tiny-large-bias")
+
+
+@table("quality-retrieval")
+def quality_retrieval() -> str:
+    """Share of values recalled by length and depth."""
+    rows = []
+    cells: list[dict[str, Any]] = []
+    for model in MODELS:
+        path = f"benchmarks/results/quality-retrieval-{model}.json"
+        if not (ROOT / path).exists():
+            continue
+        for row in load(path)["configurations"]:
+            cells = row["cells"]
+            shares = [f"{cell['accuracy']:.2f}" for cell in cells]
+            whole = f"{row['accuracy']:.3f}"
+            rows.append((f"`{model}`", row["name"], f"{row['slot_bytes']:.0f}", *shares, whole))
+    places = [f"{cell['length']:,} at {cell['depth']:.0%}" for cell in cells]
+    return markdown(("model", "format", "bytes", *places, "all"), rows)
+
+
+@table("quality-targets")
+def quality_targets() -> str:
+    """The targets that were set before measuring, and what came out."""
+    rows = []
+    for model in MODELS:
+        found = {row["name"]: row for row in quality(model)}
+        k4, k3 = found["K4V4"], found["K3V3"]
+        for what, row, limit in (
+            ("K4V4: perplexity +0.3% at most", k4, 0.003),
+            ("K3V3: perplexity +1.5% at most", k3, 0.015),
+        ):
+            verdict = "met" if row["change"] <= limit else "missed"
+            rows.append((what, f"`{model}`", quality_change(row), verdict))
+        integers = found["INT4 + Hadamard"]
+        if model == "tiny-large-bias":
+            integers = found["INT4 + Hadamard, centred as ours"]
+        share = k4["kl_mean"] / integers["kl_mean"]
+        size = f"{k4['slot_bytes']:.0f} and {integers['slot_bytes']:.0f} bytes"
+        what = "K4V4: half the KL of INT4 + Hadamard at most"
+        verdict = "met" if share <= 0.5 else "missed"
+        rows.append((what, f"`{model}`", f"{share:.2f} of it ({size})", verdict))
+    found = {row["name"]: row for row in quality("tiny-large-bias")}
+    for name in ("K4V4", "K3V3"):
+        lost, kept = found[f"{name}, centre none"], found[name]
+        value = f"{lost['change']:+.0%} without, {kept['change']:+.2%} with"
+        verdict = "met" if kept["change"] <= 0.015 < lost["change"] else "missed"
+        rows.append(
+            (f"{name}: key centring rescues the model", "`tiny-large-bias`", value, verdict)
+        )
+    return markdown(("target", "model", "measured", "verdict"), rows)
+
+
+@table("presets")
+def presets() -> str:
+    """Size and measured quality of every preset."""
+    from tq_kernels.presets import PRESETS
+
+    measured = {model: {r["name"]: r for r in quality(model, "bits")} for model in MODELS}
+    rows = []
+    for preset in PRESETS.values():
+        name = f"K{preset.k_bits}V{preset.v_bits}"
+        cells = [f"`{preset.name}`", f"{preset.k_bits}, {preset.v_bits}"]
+        cells += [str(preset.slot_bytes(dim)) for dim in (64, 128, 256)]
+        cells += [f"{preset.ratio(32, 128):.2f}x", f"{preset.bits_per_number(128):.3g}"]
+        for model in MODELS:
+            row = measured[model][name]
+            cells += [f"{row['change']:+.2%}", f"{row['kl_mean']:.5f}"]
+        rows.append((*cells, preset.use))
+    header = ["preset", "K, V bits", "bytes, head_dim 64", "128", "256", "ratio", "bits a number"]
+    for model in MODELS:
+        header += [f"`{model}`: perplexity", "KL"]
+    return markdown((*header, "when"), rows)
 
 
 def render(text: str) -> str:
