@@ -201,6 +201,7 @@ def test_muon_orthogonalises() -> None:
         assert values.mean() > 0.6
 
 
+@torch.enable_grad()
 def test_tool_trains_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A few steps of a small network on a small corpus write files that transformers loads."""
     import train

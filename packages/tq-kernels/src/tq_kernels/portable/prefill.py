@@ -392,6 +392,7 @@ def aot_variants() -> list[Variant]:
                 ),
                 num_warps=shape["WARPS"],
                 num_stages=2,
+                spills=16,
                 aligned=tuple(strides),
                 quick=quick,
             )
