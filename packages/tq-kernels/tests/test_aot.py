@@ -1,4 +1,4 @@
-"""Kernels compile for every GPU without one, and spill no registers."""
+"""Kernels compile for every GPU without one, and spill no more registers than they may."""
 
 from __future__ import annotations
 
@@ -33,13 +33,15 @@ def test_quick_variants_compile_and_fit(tmp_path: Path) -> None:
         portable = [r for r in found if r["target"] == target and "portable" in r["name"]]
         assert len(portable) >= 3
     for r in found:
-        assert r["registers"] > 0 and r["spills"] == 0
+        assert r["registers"] > 0 and r["spills"] <= r["allowed"] <= 64, r
         assert r["shared"] <= SHARED_LIMIT[r["target"]]
 
 
 def test_spills_and_too_much_shared_memory_do_not_fit() -> None:
     assert Resources("a", "sm_89", 128, 0, 101376, 4).fits
     assert not Resources("a", "sm_89", 128, 8, 0, 4).fits
+    assert Resources("a", "sm_89", 128, 8, 0, 4, allowed=8).fits
+    assert not Resources("a", "sm_89", 128, 16, 0, 4, allowed=8).fits
     assert not Resources("a", "sm_89", 128, 0, 101377, 4).fits
 
 

@@ -18,11 +18,12 @@ A variant is a kernel with the types of its arguments and its constants::
 ``signature`` holds the arguments that are no constants, in any order; pointers count as aligned
 to 16 bytes, and so do the integers named in ``aligned``. ``targets`` leaves out GPUs that the kernel
 is not meant for; ``quick`` puts the variant into the subset that the tests compile. ``maxnreg`` is
-the launch option of that name, on NVIDIA.
+the launch option of that name, on NVIDIA; ``spills`` allows a kernel some bytes of stack.
 
 :func:`compile_variant` compiles one variant for one target and returns :class:`Resources`.
-``python -m tq_kernels.aot`` compiles all of them; it fails if a kernel spills registers. Kernels
-cannot be compiled in a process with ``TRITON_INTERPRET=1``.
+``python -m tq_kernels.aot`` compiles all of them; it fails if a kernel spills more registers
+than its variant allows, which is none unless stated. Kernels cannot be compiled in a process with
+``TRITON_INTERPRET=1``.
 """
 
 from __future__ import annotations

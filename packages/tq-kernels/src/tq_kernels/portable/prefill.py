@@ -392,6 +392,7 @@ def aot_variants() -> list[Variant]:
                 ),
                 num_warps=shape["WARPS"],
                 num_stages=2,
+                # sm_100: ptxas keeps to 128 registers, for two programs of 8 warps at a time.
                 spills=16,
                 aligned=tuple(strides),
                 quick=quick,
