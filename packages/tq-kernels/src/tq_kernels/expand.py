@@ -52,25 +52,31 @@ def _table(fmt: KVFormat, kind: Kind, device: torch.device, dtype: torch.dtype) 
     return numbers[codes].contiguous().to(device)
 
 
-def _pairs(plane: Tensor) -> Tensor:
-    """Two bytes as one number; a view unless strides or the offset forbid it."""
+def _view(plane: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bytes as wider numbers; a view unless strides or the offset forbid it."""
     steps = (*plane.stride()[:-1], plane.storage_offset())
-    if plane.stride(-1) != 1 or any(step % 2 for step in steps):
-        plane = plane.contiguous()
-    return plane.view(torch.uint16)
+    if plane.stride(-1) != 1 or any(step % dtype.itemsize for step in steps):
+        plane = plane.clone(memory_format=torch.contiguous_format)
+    return plane.view(dtype)
 
 
 def _third_bits(high: Tensor, kind: Kind, dim: int) -> Tensor:
     """Third bits [..., dim / 4]: bits 0, 1, 4, 5 of a byte for each byte of the first plane."""
     step = 4 if kind == "k" else 1  # bytes that repeat the pattern: a word, or a byte
     whole = dim // (8 * step) * step
-    body = high[..., :whole].reshape(*high.shape[:-1], whole // step, step)
-    spread = torch.stack((body & 0x33, (body >> 2) & 0x33), dim=-2).flatten(-3)
-    if whole == high.shape[-1]:
-        return spread
-    tail = high[..., whole:]
-    fields = torch.cat((tail & 0x55, (tail >> 1) & 0x55), dim=-1)
-    return torch.cat((spread, (fields & 0x11) | (fields & 0x44) >> 1), dim=-1)
+    parts = []
+    if whole and kind == "k":
+        words = _view(high[..., :whole], torch.int32)
+        spread = torch.stack((words & 0x33333333, (words >> 2) & 0x33333333), dim=-1)
+        parts.append(spread.flatten(-2).view(torch.uint8))
+    elif whole:
+        pairs = high[..., :whole].to(torch.int16)
+        parts.append(((pairs | pairs << 6) & 0x3333).view(torch.uint8))
+    if whole < high.shape[-1]:
+        tail = high[..., whole:]
+        fields = torch.cat((tail & 0x55, (tail >> 1) & 0x55), dim=-1)
+        parts.append((fields & 0x11) | (fields & 0x44) >> 1)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
 def expand(planes: tuple[Tensor, ...], fmt: KVFormat, kind: Kind, dtype: torch.dtype) -> Tensor:
@@ -95,11 +101,13 @@ def expand(planes: tuple[Tensor, ...], fmt: KVFormat, kind: Kind, dtype: torch.d
         return planes[0].to(dtype) - 127.5
     table = _table(fmt, kind, planes[0].device, dtype)
     if bits == 4:
-        index = _pairs(planes[0]).to(torch.int32)
+        index = _view(planes[0], torch.uint16).to(torch.int32)
+    elif bits == 3:
+        index = _third_bits(planes[1], kind, fmt.head_dim).to(torch.int32)
+        index <<= 8
+        index |= planes[0]
     else:
         index = planes[0].to(torch.int32)
-        if bits == 3:
-            index |= _third_bits(planes[1], kind, fmt.head_dim).to(torch.int32) << 8
     shape = (*planes[0].shape[:-1], fmt.head_dim)
     wide = _FOUR.get(dtype)
     if wide is None:
