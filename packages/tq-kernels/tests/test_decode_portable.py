@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tq_core import TQError
 from tq_kernels import KVFormat, decode_ref
+from tq_kernels.plan import AttentionSpec
 from tq_kernels.portable.decode import PortableDecodePlan
 from tq_kernels.testing import attention_f64, random_cache
 
@@ -47,6 +48,12 @@ def run_plan(plan, q, cache, cu, **extra):
     return around[1:-1].cpu(), sums[1:-1].cpu()
 
 
+def make_plan(fmt, *numbers, num_splits):
+    """A float32 plan of heads, kv_heads, max_batch and max_query_len."""
+    spec = AttentionSpec(fmt, *numbers, torch.float32, torch.device(DEVICE))
+    return PortableDecodePlan(spec, num_splits=num_splits)
+
+
 def check(fmt, heads, kv_heads, lengths, counts, dtype, *, seed=0, num_splits=2, **options):
     """Compare with float64; the error is at most twice that of the eager operation."""
     cache = random_cache(fmt, kv_heads, lengths, seed=seed, key_spread=2.0)
@@ -56,7 +63,8 @@ def check(fmt, heads, kv_heads, lengths, counts, dtype, *, seed=0, num_splits=2,
     one_each = counts == [1] * len(counts)
     cu = None if one_each else torch.tensor([0, *counts]).cumsum(0).to(torch.int32)
     limits = (len(lengths), max([1, *counts]), dtype, DEVICE)
-    plan = PortableDecodePlan(fmt, heads, kv_heads, *limits, num_splits=num_splits, **options)
+    spec = AttentionSpec(fmt, heads, kv_heads, *limits, **options)
+    plan = PortableDecodePlan(spec, num_splits=num_splits)
     out, lse = run_plan(plan, q, cache, cu, **extra)
 
     tables = (cache.pages, cache.block_table, cache.seq_lens, fmt)
@@ -173,7 +181,7 @@ def test_offsets_past_two_gibibytes():
         pages = moved.copy_(pages)
     q = torch.randn(1, 2, 64).to(DEVICE)
     out, lse = torch.empty_like(q), torch.empty(1, 2, device=DEVICE)
-    plan = PortableDecodePlan(fmt, 2, 1, 1, 1, torch.float32, DEVICE, num_splits=1)
+    plan = make_plan(fmt, 2, 1, 1, 1, num_splits=1)
     plan.run(q, pages, cache.block_table.to(DEVICE), cache.seq_lens.to(DEVICE), out, lse)
     want, _ = attention_f64(q.cpu(), *cache.decoded(0), first_position=39)
     assert float((out.cpu() - want).abs().max()) < 1e-5
@@ -181,7 +189,7 @@ def test_offsets_past_two_gibibytes():
 
 def test_a_plan_serves_smaller_batches_again():
     fmt = KVFormat(64)
-    plan = PortableDecodePlan(fmt, 2, 1, 3, 2, torch.float32, DEVICE, num_splits=2)
+    plan = make_plan(fmt, 2, 1, 3, 2, num_splits=2)
     for lengths, counts in (([130, 5, 9], [2, 2, 2]), ([20], [1]), ([0], [2])):
         cache = random_cache(fmt, 1, lengths)
         q = torch.randn(sum(counts), 2, 64)
@@ -198,7 +206,7 @@ def test_queries_with_strides():
     cache = random_cache(fmt, 1, [30, 12])
     wide = torch.randn(2, 6, 64)
     q = wide[:, 1:3]  # as cut from a fused projection
-    plan = PortableDecodePlan(fmt, 2, 1, 2, 1, torch.float32, DEVICE, num_splits=1)
+    plan = make_plan(fmt, 2, 1, 2, 1, num_splits=1)
     out, _ = run_plan(plan, q, cache, None)
     want, _ = decode_ref(q, cache.pages, cache.block_table, cache.seq_lens, fmt)
     torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-5)
@@ -211,8 +219,7 @@ def test_queries_with_strides():
         ({"dtype": torch.float64}, "dtype=torch.float64.*_ref"),
         ({"max_batch": 0}, "max_batch=0"),
         ({"soft_cap": -1.0}, "soft_cap=-1.0"),
-        ({"num_splits": 0}, "num_splits=0"),
-        ({"device": "meta"}, "device meta"),
+        ({"device": torch.device("meta")}, "device meta"),
     ],
 )
 def test_bad_plans_are_named(change, message):
@@ -223,10 +230,15 @@ def test_bad_plans_are_named(change, message):
         "max_batch": 2,
         "max_query_len": 1,
         "dtype": torch.float32,
-        "device": DEVICE,
+        "device": torch.device(DEVICE),
     }
     with pytest.raises(TQError, match=message):
-        PortableDecodePlan(**{**arguments, **change})
+        PortableDecodePlan(AttentionSpec(**{**arguments, **change}))
+
+
+def test_a_bad_number_of_splits_is_named():
+    with pytest.raises(TQError, match="num_splits=0"):
+        make_plan(KVFormat(64), 4, 2, 2, 1, num_splits=0)
 
 
 @pytest.mark.parametrize(
@@ -243,7 +255,7 @@ def test_bad_plans_are_named(change, message):
 )
 def test_bad_runs_are_named(name, value, message):
     fmt = KVFormat(64)
-    plan = PortableDecodePlan(fmt, 4, 2, 2, 1, torch.float32, DEVICE, num_splits=1)
+    plan = make_plan(fmt, 4, 2, 2, 1, num_splits=1)
     arguments = {
         "q": torch.zeros(1, 4, 64),
         "pages": fmt.allocate_pages(3, 2),

@@ -88,19 +88,7 @@ class DecodePlan:
             return
         from tq_kernels.portable.decode import PortableDecodePlan
 
-        self.kernels = "portable"
-        self._plan = PortableDecodePlan(
-            fmt,
-            heads,
-            kv_heads,
-            max_batch,
-            max_query_len,
-            dtype,
-            device,
-            softmax_scale=softmax_scale,
-            soft_cap=soft_cap,
-            sliding_window=sliding_window,
-        )
+        self.kernels, self._plan = "portable", PortableDecodePlan(spec)
 
     @property
     def workspace_bytes(self) -> int:

@@ -151,10 +151,7 @@ class PortableDecodePlan:
 
     Parameters
     ----------
-    fmt, heads, kv_heads, max_batch, max_query_len, dtype, device
-        See :class:`tq_kernels.plan.AttentionSpec`.
-    softmax_scale, soft_cap, sliding_window
-        See :class:`tq_kernels.plan.AttentionSpec`.
+    spec : AttentionSpec
     num_splits : int, optional
         Parts of the history that are attended in parallel; chosen from the device if not given.
     max_tokens : int, optional
@@ -170,34 +167,14 @@ class PortableDecodePlan:
 
     def __init__(
         self,
-        fmt: KVFormat,
-        heads: int,
-        kv_heads: int,
-        max_batch: int,
-        max_query_len: int,
-        dtype: torch.dtype,
-        device: torch.device | str,
+        spec: AttentionSpec,
         *,
-        softmax_scale: float | None = None,
-        soft_cap: float | None = None,
-        sliding_window: int | None = None,
         num_splits: int | None = None,
         max_tokens: int | None = None,
         after: bool = False,
     ) -> None:
-        self.spec = spec = AttentionSpec(
-            fmt,
-            heads,
-            kv_heads,
-            max_batch,
-            max_query_len,
-            dtype,
-            torch.device(device),
-            softmax_scale,
-            soft_cap,
-            sliding_window,
-        )
-        device = spec.device
+        self.spec = spec
+        fmt, device = spec.fmt, spec.device
         portable_kernels("decode", device)  # raises where Triton cannot run
         self.tiling = choose_tiling(spec)
         self.num_splits = choose_splits(spec, self.tiling) if num_splits is None else num_splits
@@ -212,13 +189,13 @@ class PortableDecodePlan:
         forward = rotation.T[:, index.clamp_min(0)].masked_fill(index < 0, 0.0)
         self._forward = forward.to(device, torch.float32).contiguous()
         self._inverse = rotation[value_order(fmt)].to(device, torch.float32).contiguous()
-        rows = self.max_tokens * heads
+        rows = self.max_tokens * spec.heads
         self._digits = torch.empty(rows * 2 * len(columns), dtype=torch.float16, device=device)
         self._stats = torch.empty(rows * 2, dtype=torch.float32, device=device)
         splits = self.num_splits
         self._partial_out = torch.empty(splits * rows * dim, dtype=torch.float32, device=device)
         self._partial_stats = torch.empty(splits * rows * 2, dtype=torch.float32, device=device)
-        self._one_each = torch.arange(max_batch + 1, dtype=torch.int32, device=device)
+        self._one_each = torch.arange(spec.max_batch + 1, dtype=torch.int32, device=device)
 
     @property
     def workspace_bytes(self) -> int:
@@ -239,51 +216,20 @@ class PortableDecodePlan:
         sinks: Tensor | None = None,
         key_center: Tensor | None = None,
     ) -> None:
-        """Attention of ``q`` on the pages into ``out`` and ``lse``; see :func:`decode_ref`.
-
-        Parameters
-        ----------
-        q, out : tensors [tokens, heads, head_dim] of the plan's dtype
-        pages : uint8 tensor [num_pages, kv_heads, record_bytes]
-        block_table : int32 tensor [batch, max_pages]
-        seq_lens : int32 tensor [batch]
-        lse : float32 tensor [tokens, heads]
-        cu_query_lens : int32 tensor [batch + 1], optional
-        sinks : float tensor [heads], optional
-        key_center : float tensor [kv_heads, head_dim], optional
-
-        Raises
-        ------
-        TQError
-            For shapes, dtypes, strides or devices that do not fit the plan.
-        """
+        """Attention of ``q`` on the pages into ``out`` and ``lse``; see ``DecodePlan.run``."""
         self.spec.check_run(
-            q,
-            pages,
-            block_table,
-            seq_lens,
-            out,
-            lse,
-            cu_query_lens=cu_query_lens,
-            sinks=sinks,
-            key_center=key_center,
-        )
+            q, pages, block_table, seq_lens, out, lse,
+            cu_query_lens=cu_query_lens, sinks=sinks, key_center=key_center,
+        )  # fmt: skip
         if q.shape[0] > self.max_tokens:
             raise TQError(
                 f"q has {q.shape[0]} tokens: the plan was made for {self.max_tokens}; make a "
                 "larger plan"
             )
         self.run_unchecked(
-            q,
-            pages,
-            block_table,
-            seq_lens,
-            out,
-            lse,
-            cu_query_lens=cu_query_lens,
-            sinks=sinks,
-            key_center=key_center,
-        )
+            q, pages, block_table, seq_lens, out, lse,
+            cu_query_lens=cu_query_lens, sinks=sinks, key_center=key_center,
+        )  # fmt: skip
 
     def run_unchecked(
         self,

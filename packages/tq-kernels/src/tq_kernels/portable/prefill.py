@@ -9,6 +9,7 @@ are merged by their LSEs.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate
 
 import torch
@@ -112,19 +113,8 @@ class PrefillPlan:
         self._codes_query_len = codes_query_len
         self._codes = None
         if codes_query_len:
-            self._codes = PortableDecodePlan(
-                fmt,
-                heads,
-                kv_heads,
-                max_batch,
-                min(codes_query_len, max_tokens),
-                dtype,
-                spec.device,
-                softmax_scale=softmax_scale,
-                soft_cap=soft_cap,
-                sliding_window=sliding_window,
-                after=True,
-            )
+            few = replace(spec, max_query_len=min(codes_query_len, max_tokens))
+            self._codes = PortableDecodePlan(few, after=True)
         shape = (2, scratch_tokens, kv_heads, fmt.head_dim)
         # fp16 holds what is expanded more precisely than bf16.
         self._wide = torch.float32 if dtype == torch.float32 else torch.float16
