@@ -271,6 +271,24 @@ def reproduced(name: str, **values: Any) -> list[dict[str, Any]]:
     return [r for r in rows if all(r[key] == value for key, value in values.items())]
 
 
+@table("aot")
+def aot() -> str:
+    """Registers a lane and KiB of shared memory of kernels, for every GPU."""
+    results = load("benchmarks/results/aot.json")
+    targets = list(dict.fromkeys(r["target"] for r in results))
+
+    def cell(name: str, target: str) -> str:
+        found = [r for r in results if (r["name"], r["target"]) == (name, target)]
+        if not found:
+            return "–"
+        spills = f", {found[0]['spills']} B spilled" if found[0]["spills"] else ""
+        return f"{found[0]['registers']}, {found[0]['shared'] / 1024:.0f} KiB{spills}"
+
+    names = dict.fromkeys(r["name"] for r in results)
+    rows = [(f"`{name}`", *(cell(name, target) for target in targets)) for name in names]
+    return markdown(("kernel", *targets), rows)
+
+
 @table("reproduce-mse")
 def reproduce_mse() -> str:
     """Squared error by bits, beside what the paper prints and its bounds."""
