@@ -272,7 +272,10 @@ def test_recurrent_layers(model_type: str, name: str) -> None:
     if name == "eager":
         assert torch.equal(ours, theirs)
     else:
-        torch.testing.assert_close(ours, theirs, atol=2e-2, rtol=1e-2)
+        # A number on the boundary between two codes may fall to either side: rare, and then small.
+        difference = (ours - theirs).abs()
+        assert float(difference.quantile(0.95)) < 1e-3
+        assert float(difference.max()) < 0.1
     cache.reorder_cache(torch.tensor([1, 1, 0]))
     layer = next(c for c in cache.layers if isinstance(c, CompressedLayer))
     layer.batch_repeat_interleave(2)

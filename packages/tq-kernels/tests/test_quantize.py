@@ -147,7 +147,7 @@ def test_to_half_of_halfway_cases() -> None:
 def test_decode_inverts_up_to_the_distortion(kind: Kind) -> None:
     rng = np.random.default_rng(0)
     for bits in (2, 3, 4, 8):
-        fmt = KVFormat(96, bits, bits)
+        fmt = KVFormat(96, bits, bits, scale="mse")
         x = torch.from_numpy(rng.normal(size=(200, 96)))
         back = decode_tokens(encode_tokens(x, fmt, kind), fmt, kind, torch.float64)
         ratio = float(((back - x) ** 2).sum() / (x**2).sum())

@@ -380,7 +380,7 @@ def encode_record(
     layout: PageLayout,
     *,
     rotation: Rotation | None = None,
-    scale: str = "mse",
+    scale: str = "unbiased",
 ) -> Bytes:
     """Quantize full pages of keys and values.
 

@@ -93,7 +93,7 @@ class TurboQuantCache(Cache):
         rotation: RotationName = "hadamard",
         rounds: int = 3,
         seed: int = 0,
-        scale: ScaleName = "mse",
+        scale: ScaleName = "unbiased",
         key_center: Mapping[int, Tensor] | Tensor | None = None,
         offloading: bool = False,
     ) -> None:

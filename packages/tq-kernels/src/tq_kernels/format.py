@@ -70,7 +70,7 @@ class KVFormat:
     rotation: RotationName = "hadamard"
     rounds: int = 3
     seed: int = 0
-    scale: ScaleName = "mse"
+    scale: ScaleName = "unbiased"
 
     def __post_init__(self) -> None:
         for name in ("head_dim", "k_bits", "v_bits", "page_size", "rounds", "seed"):
