@@ -34,6 +34,8 @@ WARPS_PER_SM = {
     (128, 4): 8,
     (256, 1): 12,
 }
+#: The same for head_dim 256 with 8-bit keys, which would spill half a row into memory at 12.
+WARPS_WITH_WIDE_KEYS = 8
 #: Registers a lane that let so many run.
 REGISTERS = {16: 128, 12: 168, 8: 255}
 #: Bytes of stack a lane that this may cost: measured on an H200, more warps, or more query rows
@@ -105,6 +107,12 @@ def _layout(spec: AttentionSpec) -> tuple[int, int]:
     return 1 << (needed - 1).bit_length(), 1
 
 
+def _warps_per_sm(fmt: KVFormat, blocks: int) -> int:
+    if fmt.head_dim == 256 and fmt.k_bits == 8:
+        return WARPS_WITH_WIDE_KEYS
+    return WARPS_PER_SM[fmt.head_dim, blocks]
+
+
 def partials_constants(spec: AttentionSpec, blocks: int, batch_block: int) -> dict[str, object]:
     """Constants of :func:`decode_partials`, other than ``PDL``."""
     fmt = spec.fmt
@@ -146,7 +154,7 @@ class NvidiaDecodePlan:
         # Programmatic dependent launch hides the gaps between the three kernels.
         self._overlap = torch.cuda.get_device_capability(device) >= (9, 0)
         sms = torch.cuda.get_device_properties(device).multi_processor_count
-        warps = WARPS_PER_SM[fmt.head_dim, self.blocks]
+        warps = _warps_per_sm(fmt, self.blocks)
         self.programs, self._registers = sms * warps, REGISTERS[warps]
         keys, values = codebook_of(fmt, "k"), codebook_of(fmt, "v")
         self._k_table, self._v_table = _table(keys), _table(values)
@@ -240,6 +248,7 @@ _CASES = (
     (128, 4, 4, 8, False),
     (128, 4, 4, 16, False),
     (256, 8, 4, 4, False),
+    (256, 4, 8, 4, False),
 )
 
 
@@ -273,7 +282,7 @@ def aot_variants() -> list[Variant]:
                     },
                     constexprs={**partials_constants(spec, blocks, 32), "PDL": overlap},
                     num_warps=1,
-                    maxnreg=REGISTERS[WARPS_PER_SM[dim, blocks]],
+                    maxnreg=REGISTERS[_warps_per_sm(spec.fmt, blocks)],
                     spills=SPILLS[blocks],
                     aligned=strides[:2],
                     targets=targets,
