@@ -377,6 +377,7 @@ def aot_variants() -> list[Variant]:
                 },
                 constexprs=merge_constants(spec, tiling, options, False),
                 num_warps=merge_warps(dim),
+                spills=16,  # sm_100 with all options: two words
                 aligned=(*strides, "split_stride"),
                 quick=quick,
             )
