@@ -1,4 +1,4 @@
-"""Sessions: ``uvx nox -s tests``, ``uvx nox -s demo``; also ``lint``, ``types`` and ``build``.
+"""Sessions: ``uvx nox -s tests``, ``uvx nox -s demo``; ``uvx nox -l`` lists all.
 
 Each session builds its own environment with uv (virtualenv where uv is missing). Python
 interpreters are never downloaded: those that are absent are named and their cases left out.
@@ -21,13 +21,13 @@ ROOT = Path(__file__).resolve().parent
 PACKAGES = ("tq-core", "tq-kernels", "tq-hf", "tq-vllm")
 CONSTRAINTS = str(ROOT / "constraints.txt")
 RUNNERS = ("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100")
-# tq-core: NumPy series and the Python versions that it has wheels for.
-NUMPY = {
-    "1.26": ("3.11", "3.12"),
-    "2": ("3.11", "3.12", "3.13"),
+# Ends of the ranges that the packages declare, and the Python versions that both have wheels for.
+CORE_ENDS = {
+    "lowest": ("3.11", "3.12"),
+    "highest": ("3.11", "3.12", "3.13"),
 }
-OLDEST_TRANSFORMERS = "4.57"
-VLLM = "0.32.0"
+# The newest release of vLLM with a wheel for the CPU, and the first that is supported.
+VLLM, FIRST_VLLM = "0.32.0", "0.29.0"
 LEFT_OUT = ("torchvision", "torchaudio", "torchcodec")
 
 os.environ["UV_PYTHON_DOWNLOADS"] = "never"
@@ -85,6 +85,30 @@ def install(session: nox.Session, *what: str, constrain: bool = True) -> None:
     session.install(*what, *(["-c", CONSTRAINTS] if constrain else []))
 
 
+def install_lowest(session: nox.Session, *what: str, torch: bool = True) -> None:
+    """Install the lowest versions that the packages declare, but for torch and the runners.
+
+    torch is installed first: of its builds of one version, the lowest may be one with CUDA.
+    """
+    if session.venv_backend != "uv":
+        session.skip("the lowest versions are resolved by uv; install it (pip install uv)")
+    if torch:
+        install(session, "torch")
+    session.install(*RUNNERS)
+    lowest = ("--resolution", "lowest-direct")
+    install(session, *lowest, *what, constrain=torch)
+
+
+def brings_cuda(session: nox.Session, *what: str) -> bool:
+    """Tell whether installing would take gigabytes of CUDA libraries, or cannot be resolved."""
+    command = ("uv", "pip", "install", "--dry-run", *what)
+    try:
+        found = session.run(*command, silent=True, external=True)
+    except nox.command.CommandFailed:
+        return True
+    return "nvidia-" in str(found)
+
+
 def editable(*names: str) -> list[str]:
     """Return the arguments that install packages of this repository, extras included."""
     return [arg for name in names for arg in ("-e", f"{ROOT / 'packages' / name}")]
@@ -122,41 +146,89 @@ def pytest(session: nox.Session, *folders: str) -> None:
     )
 
 
-TEST_CASES = [nox.param(PYTHON, "all", "", id="all")]
+TEST_CASES = [nox.param(PYTHON, "all", id="all")]
 if "3.11" in PYTHONS:
-    TEST_CASES.append(nox.param("3.11", "hf", OLDEST_TRANSFORMERS, id="transformers-4.57"))
-if "3.11" in PYTHONS:
-    TEST_CASES.append(nox.param("3.11", "vllm", VLLM, id="vllm"))
+    TEST_CASES.append(nox.param("3.11", "lowest", id="lowest"))
+    TEST_CASES.append(nox.param("3.11", "vllm", id="vllm"))
 TEST_CASES += [
-    nox.param(python, "core", numpy, id=f"numpy-{numpy}-python-{python}")
-    for numpy, pythons in NUMPY.items()
+    nox.param(python, f"core-{end}", id=f"core-{end}-python-{python}")
+    for end, pythons in CORE_ENDS.items()
+    for python in pythons
+    if python in PYTHONS
+]
+
+
+def test_all(session: nox.Session) -> None:
+    """Run every test that needs no vLLM on the newest versions."""
+    packages = editable("tq-core[cli,plots]", "tq-kernels", "tq-hf[demo]", "tq-vllm")
+    install(session, *packages, *RUNNERS)
+    pytest(session, "tests", *(f"packages/{name}/tests" for name in PACKAGES))
+
+
+def test_vllm(session: nox.Session, version: str) -> None:
+    """Run the tests of tq-vllm on a version of vLLM."""
+    install_vllm(session, version)
+    packages = editable("tq-core[cli,plots]", "tq-kernels", "tq-hf[demo]", "tq-vllm[cli]")
+    install(session, *packages, *RUNNERS)
+    pytest(session, "packages/tq-vllm/tests")
+
+
+@nox.session
+@nox.parametrize("python,suite", TEST_CASES)
+def tests(session: nox.Session, suite: str) -> None:
+    """All packages on the newest versions, then tq-hf, tq-vllm and tq-core on the lowest."""
+    core = editable("tq-core[cli,plots]")
+    if suite == "core-lowest":
+        install_lowest(session, *core, torch=False)
+        pytest(session, "packages/tq-core/tests")
+    elif suite == "core-highest":
+        install(session, *core, *RUNNERS, constrain=False)
+        pytest(session, "packages/tq-core/tests")
+    elif suite == "lowest":
+        install_lowest(session, *core, *editable("tq-kernels", "tq-hf[demo]", "tq-vllm[cli]"))
+        pytest(session, "packages/tq-hf/tests", "packages/tq-vllm/tests")
+    elif suite == "vllm":
+        test_vllm(session, VLLM)
+    else:
+        test_all(session)
+
+
+VERSION_CASES = [
+    nox.param(python, suite, id=f"{suite}-python-{python}")
+    for suite, pythons in {
+        "kernels-lowest": ("3.11",),
+        "vllm-first": ("3.11",),
+        "torch-lowest": ("3.11",),
+        "all": ("3.12", "3.13"),
+    }.items()
     for python in pythons
     if python in PYTHONS
 ]
 
 
 @nox.session
-@nox.parametrize("python,suite,version", TEST_CASES)
-def tests(session: nox.Session, suite: str, version: str) -> None:
-    """All packages on the newest versions, then tq-hf and tq-core on older ones."""
-    if suite == "core":
-        core = editable("tq-core[cli,plots]")
-        install(session, *core, f"numpy=={version}.*", *RUNNERS, constrain=False)
-        pytest(session, "packages/tq-core/tests")
+@nox.parametrize("python,suite", VERSION_CASES)
+def versions(session: nox.Session, suite: str) -> None:
+    """What ``tests`` leaves out: the other ends of Triton, vLLM, torch and Python.
+
+    Cases for which only builds of torch with CUDA can be had are skipped.
+    """
+    kernels = editable("tq-core", "tq-kernels")
+    if suite == "kernels-lowest":
+        install_lowest(session, *kernels)
+        pytest(session, "packages/tq-kernels/tests")
         return
-    packages = editable("tq-core[cli,plots]", "tq-kernels", "tq-hf[demo]")
-    if suite == "vllm":
-        install_vllm(session, version)
-        install(session, *packages, *editable("tq-vllm[cli]"), *RUNNERS)
-        pytest(session, "packages/tq-vllm/tests")
+    if suite == "vllm-first":
+        test_vllm(session, FIRST_VLLM)
         return
-    if suite == "hf":
-        install(session, *packages, f"transformers=={version}.*", *RUNNERS)
-        pytest(session, "packages/tq-hf/tests")
+    lowest = ("--resolution", "lowest-direct") if suite == "torch-lowest" else ("-c", CONSTRAINTS)
+    if session.venv_backend != "uv" or brings_cuda(session, *lowest, *kernels):
+        session.skip("no build of torch for the CPU; set UV_TORCH_BACKEND=cpu to take PyTorch's")
+    if suite == "all":
+        test_all(session)
     else:
-        install(session, *packages, *editable("tq-vllm"), *RUNNERS)
-        folders = ["tests", *(f"packages/{name}/tests" for name in PACKAGES)]
-        pytest(session, *(f for f in folders if any((ROOT / f).glob("**/test_*.py"))))
+        install_lowest(session, *kernels, *editable("tq-hf"), torch=False)
+        pytest(session, "packages/tq-kernels/tests", "packages/tq-hf/tests")
 
 
 @nox.session(python=PYTHON)
@@ -201,7 +273,7 @@ def docs(session: nox.Session) -> None:
     session.run("mkdocs", *command, env={"NO_MKDOCS_2_WARNING": "1"})
 
 
-def versions() -> str:
+def common_version() -> str:
     """Return the version of the four packages; it is one."""
     found = set()
     for name in PACKAGES:
@@ -218,11 +290,11 @@ def versions() -> str:
 
 @nox.session(python=PYTHON)
 def build(session: nox.Session) -> None:
-    """Build sdists and wheels, check them, import each wheel in an environment of its own.
+    """Build sdists and wheels, check them, use each wheel in an environment of its own.
 
     A folder after ``--`` receives the files.
     """
-    version = versions()
+    version = common_version()
     session.install("build", "hatchling>=1.27", "twine>=6", "check-wheel-contents>=0.6")
     dist = Path(session.create_tmp()) / "dist"
     shutil.rmtree(dist, ignore_errors=True)
