@@ -23,6 +23,7 @@ DOCUMENTS = (
     "docs/research.md",
     "docs/quality.md",
     "docs/presets.md",
+    "docs/comparison.md",
 )
 MARKER = re.compile(r"<!-- table:([\w-]+) -->\n(.*?)<!-- /table:\1 -->", re.DOTALL)
 TABLES: dict[str, Callable[[], str]] = {}
@@ -45,9 +46,13 @@ def load(path: str) -> Any:
     return json.loads((ROOT / path).read_text(encoding="utf-8"))
 
 
-def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a table whose first column is text and whose others are numbers."""
+def markdown(
+    header: Sequence[str], rows: Iterable[Sequence[str]], *, text_last: bool = False
+) -> str:
+    """Return a table whose first column is text, as is the last with ``text_last``."""
     rule = ["---"] + ["---:"] * (len(header) - 1)
+    if text_last:
+        rule[-1] = "---"
     return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows)) + "\n"
 
 
@@ -572,7 +577,50 @@ def presets() -> str:
     header = ["preset", "K, V bits", "bytes, head_dim 64", "128", "256", "ratio", "bits a number"]
     for model in MODELS:
         header += [f"`{model}`: perplexity", "KL"]
-    return markdown((*header, "when"), rows)
+    return markdown((*header, "when"), rows, text_last=True)
+
+
+#: Formats of the comparison: name in the measured results, how it is called, what it is.
+COMPARED = (
+    ("K4V4", "TurboQuant `tq4`", "rotated keys and values, Lloyd-Max codes, one fp16 scale each"),
+    ("K4V3", "TurboQuant `tq4v3`", "the same with 3-bit values"),
+    ("K3V3", "TurboQuant `tq3`", "3 bits for both"),
+    ("FP8 e4m3", "FP8", "8-bit floats, in every engine and in tensor cores"),
+    (
+        "INT4 + Hadamard",
+        "vLLM `int4_per_token_head`",
+        "4-bit integers with scale and zero point, Hadamard rotation",
+    ),
+    (
+        "vLLM turboquant_4bit_nc",
+        "vLLM built-in `turboquant_4bit_nc`",
+        "Lloyd-Max keys, min/max values that are not rotated",
+    ),
+    (
+        "vLLM turboquant_3bit_nc",
+        "vLLM built-in `turboquant_3bit_nc`",
+        "the same in 3 bits",
+    ),
+    (
+        "KIVI 2",
+        "KIVI, 2 bits",
+        "keys by channel, values by token; a scale and a zero point for each group",
+    ),
+)
+
+
+@table("comparison")
+def comparison() -> str:
+    """Bytes of a token and KV head of every format, as measured for its quality."""
+    measured = {row["name"]: row["slot_bytes"] for row in quality("tiny", "rivals")}
+    bf16 = 2 * 2 * 128
+    rows = [
+        (label, f"{measured[name]:.0f}", f"{bf16 / measured[name]:.2f}x", what)
+        for name, label, what in COMPARED
+    ]
+    first = ("16 bits", str(bf16), "1.00x", "what models compute")
+    header = ("cache", "bytes", "ratio", "what it is")
+    return markdown(header, (first, *rows), text_last=True)
 
 
 def render(text: str) -> str:
