@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
 from pathlib import Path
@@ -12,15 +13,19 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(scope="module")
-def generator() -> ModuleType:
-    path = ROOT / "tools" / "generate_tables.py"
-    spec = importlib.util.spec_from_file_location("generate_tables", path)
+def tool(name: str) -> ModuleType:
+    """Import a script of ``tools``."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def generator() -> ModuleType:
+    return tool("generate_tables")
 
 
 def test_tables_are_in_step_with_the_results(generator: ModuleType) -> None:
@@ -53,6 +58,22 @@ def test_demo_table_reads_a_demo_result(
     monkeypatch.setattr(generator, "load", lambda _: {"caches": [row]})
     last = generator.TABLES["demo"]().splitlines()[-1]
     assert last == "| K4V4 | 5.123 | 98.7% | 1,584 | 3.88x | 4.12 GiB |"
+
+
+@pytest.mark.parametrize("package", ["tq-core", "tq-kernels", "tq-hf", "tq-vllm"])
+def test_troubleshooting_lists_every_error(package: str) -> None:
+    messages = tool("docs_hooks").messages
+    raised = 0
+    for path in (ROOT / "packages" / package / "src").rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        ours = [
+            node
+            for node in ast.walk(ast.parse(text))
+            if isinstance(node, ast.Raise) and ast.unparse(node).startswith("raise TQError(")
+        ]
+        raised += len(ours)
+        assert len(messages(path)) >= len(ours), f"write the messages of {path} where it raises"
+    assert raised
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/architecture.md", "docs/development.md"])

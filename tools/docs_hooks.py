@@ -6,6 +6,7 @@ Usage: ``python tools/docs_hooks.py`` prints the list.
 from __future__ import annotations
 
 import ast
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +14,37 @@ ROOT = Path(__file__).resolve().parents[1]
 MARKER = "<!-- every error message -->"
 
 
-def template(node: ast.expr) -> str | None:
-    """Text of a message, with "…" for what is filled in; None if it is not written in place."""
+def template(node: ast.expr, constants: Mapping[str, str]) -> str | None:
+    """Text of a message, with "…" for what is filled in; None if it is not written in the module.
+
+    ``constants`` are texts that a module names, for ``NAME.format(...)``.
+    """
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return node.value
     if isinstance(node, ast.JoinedStr):
-        return "".join(template(part) or "…" for part in node.values)
+        return "".join(template(part, constants) or "…" for part in node.values)
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+        name = node.func.value
+        if node.func.attr == "format" and isinstance(name, ast.Name) and name.id in constants:
+            return constants[name.id].replace("{}", "…")
     return None
 
 
 def messages(path: Path) -> list[str]:
     """Messages of the errors that a module raises, in the order of the source."""
     found = []
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    constants = {
+        node.targets[0].id: node.value.value
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+        and isinstance(node.targets[0], ast.Name)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    }
+    for node in ast.walk(tree):
         if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
-            text = template(node.exc.args[0])
+            text = template(node.exc.args[0], constants)
             if text:
                 found.append(text)
     return found
