@@ -1,11 +1,12 @@
-"""Check the wheel installed in this environment: contents, import, and nothing from above it.
+"""Check the wheel installed in this environment: contents, a use, and nothing from above it.
 
 Usage: ``python tools/check_wheel.py WHEEL``, in an environment that holds only that wheel and what
-it requires. It uses the standard library alone.
+it requires. Beside them it uses the standard library alone.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import sys
@@ -18,6 +19,54 @@ FORBIDDEN = {
     "tq_hf": ("vllm", "tq_vllm"),
     "tq_vllm": ("transformers", "vllm", "tq_hf"),
 }
+
+
+def use_core() -> None:
+    import numpy as np
+    from tq_core import MSEQuantizer
+
+    x = np.random.default_rng(0).standard_normal((100, 128))
+    quantizer = MSEQuantizer(dim=128, bits=4)
+    error = np.sum((quantizer.decode(quantizer.encode(x)) - x) ** 2) / np.sum(x**2)
+    assert error < 0.02, error
+
+
+def use_kernels() -> None:
+    import torch
+    from tq_kernels import KVFormat, decode_tokens, encode_tokens
+
+    fmt = KVFormat(128, 4, 4)
+    x = torch.randn(100, 128, generator=torch.Generator().manual_seed(0))
+    error = (decode_tokens(encode_tokens(x, fmt, "k"), fmt, "k") - x).norm() / x.norm()
+    assert error < 0.15, error
+
+
+def use_hf() -> None:
+    from tq_hf import TurboQuantCache
+    from tq_hf.models import load_model
+
+    model, tokenizer = load_model("tiny")
+    inputs = tokenizer("def mean(values):\n", return_tensors="pt")
+    cache = TurboQuantCache(model.config, window_tokens=16)
+    model.generate(**inputs, past_key_values=cache, max_new_tokens=64, do_sample=False)
+    assert cache.memory_usage().ratio > 1, cache.memory_usage()
+
+
+def use_vllm() -> None:
+    import os
+
+    from tq_core import TQError
+    from tq_vllm import register
+    from tq_vllm.settings import load_settings
+
+    register()  # vLLM is not installed: nothing happens unless a variable asks for it
+    os.environ["TQ_PRESET"] = "tq5"
+    with contextlib.suppress(TQError):
+        load_settings()
+        raise SystemExit("tq_vllm took a preset that is not known")
+
+
+USES = {"tq_core": use_core, "tq_kernels": use_kernels, "tq_hf": use_hf, "tq_vllm": use_vllm}
 
 
 def main(wheel: str) -> int:
@@ -33,7 +82,8 @@ def main(wheel: str) -> int:
         if importlib.util.find_spec(other) is not None:
             raise SystemExit(f"installing {module} brought {other}")
     path = importlib.import_module(module).__file__
-    print(f"{module}: {len(names)} files in the wheel, imported from {path}")
+    USES[module]()
+    print(f"{module}: {len(names)} files in the wheel, used from {path}")
     return 0
 
 
