@@ -53,8 +53,9 @@ ROTATIONS = {
 }
 ENDS = ((0, 0), (4, 0), (0, 32), (4, 32), (4, 128))
 BOUNDARIES = ((), (0,), (0, -1), (0, 1, -2, -1))
-RETRIEVED = ("K4V4", "K3V3", "K3V2", "K2V2", "INT4 + Hadamard", "vLLM turboquant_3bit_nc")
-RETRIEVAL_LENGTHS = (512, 1024)
+RETRIEVED = ("K4V4", "K3V3", "K3V2", "K2V2", "INT4 + Hadamard", "vLLM turboquant_3bit_nc", "KIVI 2")
+RETRIEVAL_LENGTHS = (1024, 1536)
+RETRIEVAL_DEFINITIONS = 32
 RETRIEVAL_DEPTHS = (0.1, 0.5, 0.9)
 
 
@@ -227,7 +228,11 @@ def measure(
 
 
 def retrieve(model: Any, tokenizer: Any, count: int) -> Iterator[dict[str, Any]]:
-    """Share of values recalled, by length of the prompt and depth of the definition."""
+    """Share of values recalled, by length of the prompt and depth of the definition.
+
+    Length and depth do not count the distractors before the definition that is asked for. Beside
+    the share, which saturates, stands the mean of -log p of the value's tokens.
+    """
     dim = model.config.head_dim
     table = {"16-bit": Setting("16-bit", RoundedHistory(exact, exact, 4 * dim))}
     table |= {
@@ -242,24 +247,29 @@ def retrieve(model: Any, tokenizer: Any, count: int) -> Iterator[dict[str, Any]]
             count,
             lead=max(96, round(length * depth)),
             seed=7,
+            definitions=RETRIEVAL_DEFINITIONS,
         )
         for length in RETRIEVAL_LENGTHS
         for depth in RETRIEVAL_DEPTHS
     }
     for name, setting in track(table.items(), model.config.model_type):
-        cells, total = [], 0
+        cells, total, nats = [], 0, 0.0
         for (length, depth), prompts in tasks.items():
             hits = 0
             for task in prompts:
                 ids = torch.tensor([[*task.prompt, *task.answer]])
                 guess = logits(model, ids[:, :-1], setting.history)[0, len(task.prompt) - 1 :]
-                hits += int(torch.equal(guess.argmax(-1), ids[0, len(task.prompt) :]))
+                answer = ids[0, len(task.prompt) :]
+                hits += int(torch.equal(guess.argmax(-1), answer))
+                nats += float(torch.nn.functional.cross_entropy(guess.float(), answer))
             total += hits
             cells.append({"length": length, "depth": depth, "accuracy": hits / count})
         yield {
             "name": name,
             "slot_bytes": setting.history.slot_bytes,
             "accuracy": total / (count * len(tasks)),
+            "answer_nats": nats / (count * len(tasks)),
+            "definitions": RETRIEVAL_DEFINITIONS,
             "prompts": count * len(tasks),
             "cells": cells,
         }

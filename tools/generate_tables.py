@@ -520,10 +520,27 @@ def quality_retrieval() -> str:
         for row in load(path)["configurations"]:
             cells = row["cells"]
             shares = [f"{cell['accuracy']:.2f}" for cell in cells]
-            whole = f"{row['accuracy']:.3f}"
-            rows.append((f"`{model}`", row["name"], f"{row['slot_bytes']:.0f}", *shares, whole))
+            whole = (f"{row['accuracy']:.3f}", f"{row['answer_nats']:.4f}")
+            rows.append((f"`{model}`", row["name"], f"{row['slot_bytes']:.0f}", *shares, *whole))
     places = [f"{cell['length']:,} at {cell['depth']:.0%}" for cell in cells]
-    return markdown(("model", "format", "bytes", *places, "all"), rows)
+    return markdown(("model", "format", "bytes", *places, "all", "nats of the value"), rows)
+
+
+@table("quality-quantized-caches")
+def quality_quantized_caches() -> str:
+    """The quantized caches of transformers beside ours."""
+    rows = [
+        (
+            f"`{row['model']}`",
+            row["name"],
+            f"{row['slot_bytes']:.0f}",
+            f"{row['kl_mean']:.5f}",
+            f"{row['top1']:.2%}",
+            quality_change(row),
+        )
+        for row in load("benchmarks/results/quality-quantized-caches.json")["rows"]
+    ]
+    return markdown(("model", "cache", "bytes", "KL", "same best token", "perplexity"), rows)
 
 
 @table("quality-targets")

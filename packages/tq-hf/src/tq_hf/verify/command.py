@@ -73,7 +73,19 @@ def verify(
     baseline: Annotated[str, typer.Option(help="fp16, bf16, or model: its own type.")] = "fp16",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="Where to run, such as cuda.")] = "cpu",
-    tasks: Annotated[bool, typer.Option(help="Run retrieval and copying.")] = True,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Tasks of lm-evaluation-harness, such as piqa,arc_easy; tq-hf[tasks]."),
+    ] = None,
+    tasks_folder: Annotated[
+        Path | None, typer.Option(help="Folder of YAML files with tasks of your own.")
+    ] = None,
+    tasks_limit: Annotated[
+        int | None, typer.Option(min=1, help="Examples of a task; default all.")
+    ] = None,
+    no_tasks: Annotated[
+        bool, typer.Option("--no-tasks", help="Leave out retrieval and copying.")
+    ] = False,
     prompts: Annotated[int, typer.Option(min=1, help="Prompts a length and depth.")] = 3,
     generate: Annotated[int, typer.Option(min=0, help="Tokens to generate a prompt.")] = 48,
     sweep: Annotated[bool, typer.Option(help="Compress one layer at a time, too.")] = False,
@@ -115,6 +127,8 @@ def verify(
 
             if budget is not None and not sweep:
                 raise TQError(f"--budget {budget:g} is for the sweep: add --sweep")
+            if tasks is None and (tasks_folder is not None or tasks_limit is not None):
+                raise TQError("--tasks-folder and --tasks-limit are for --tasks: name some tasks")
             limits = parse_thresholds(threshold or [])
             given = {
                 "sink_tokens": sinks,
@@ -141,7 +155,10 @@ def verify(
                 chunk=chunk,
                 prompts=prompts,
                 new_tokens=generate,
-                tasks=tasks,
+                tasks=not no_tasks,
+                harness=[name.strip() for name in (tasks or "").split(",") if name.strip()],
+                harness_folder=tasks_folder,
+                harness_limit=tasks_limit,
                 sweep=sweep,
                 budget=budget,
                 seed=seed,

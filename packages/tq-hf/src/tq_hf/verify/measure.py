@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from tq_hf.cache import TurboQuantCache
 from tq_hf.demo_measure import generate
 from tq_hf.layer import CompressedLayer
 from tq_hf.model_layers import text_config
+from tq_hf.verify.harness import harness_scores
 from tq_hf.verify.layers import measure_layers
 from tq_hf.verify.predictions import baseline_factory, compare_predictions
 from tq_hf.verify.report import Report
@@ -78,6 +80,9 @@ def measure(
     prompts: int = 3,
     new_tokens: int = 48,
     tasks: bool = True,
+    harness: Sequence[str] = (),
+    harness_folder: Path | None = None,
+    harness_limit: int | None = None,
     sweep: bool = False,
     budget: float | None = None,
     seed: int = 0,
@@ -107,6 +112,12 @@ def measure(
         Tokens to generate; 0 leaves generation out.
     tasks : bool
         Whether to run retrieval and copying.
+    harness : sequence of str
+        Tasks of lm-evaluation-harness to run as well; see `harness_scores`.
+    harness_folder : path, optional
+        Folder of YAML files that define more of them.
+    harness_limit : int, optional
+        Examples of each of them.
     sweep : bool
         Whether to measure the sensitivity of each layer.
     budget : float, optional
@@ -154,6 +165,20 @@ def measure(
         for cell in copy_cells(model, tokenizer, runs, *pair, seed=seed):
             cells.append(cell)
             progress("tasks", len(cells) / steps)
+    outside = []
+    if harness:
+        progress("lm-evaluation-harness", 0.0)
+        outside = harness_scores(
+            model,
+            tokenizer,
+            harness,
+            make_base,
+            make_cache,
+            folder=harness_folder,
+            limit=harness_limit,
+            chunk=chunk,
+            seed=seed,
+        )
     progress("generation", 0.0)
     starts = [ids[:, : min(256, ids.shape[1] - 1)] for ids in windows[:prompts]]
     if model.generation_config.pad_token_id is None:
@@ -200,4 +225,5 @@ def measure(
         seconds=time.perf_counter() - start,
         sweep=sensitivities,
         keep_layers=keep,
+        harness=outside,
     )

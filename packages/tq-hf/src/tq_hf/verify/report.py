@@ -9,6 +9,7 @@ from typing import Any
 
 from tq_core import TQError
 
+from tq_hf.verify.harness import HarnessScore
 from tq_hf.verify.layers import LayerScores
 from tq_hf.verify.scores import Scores
 from tq_hf.verify.sweep import LayerSensitivity
@@ -84,6 +85,8 @@ class Report:
     sweep : list of LayerSensitivity
     keep_layers : list of int or None
         What the sweep proposes to keep at 16 bits.
+    harness : list of HarnessScore
+        Of lm-evaluation-harness.
     limits : dict
         Thresholds by name.
     versions : dict
@@ -107,6 +110,7 @@ class Report:
     seconds: float
     sweep: list[LayerSensitivity] = field(default_factory=list)
     keep_layers: list[int] | None = None
+    harness: list[HarnessScore] = field(default_factory=list)
 
     @property
     def ratio(self) -> float:

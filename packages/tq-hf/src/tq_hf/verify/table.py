@@ -68,6 +68,11 @@ def tables(report: Report) -> Iterator[Table]:
             shares = (f"{c.base_accuracy:.3f}", f"{c.accuracy:.3f}")
             table.add_row(c.task, f"{c.length:,}", depth, str(c.count), *shares)
         yield table
+    if report.harness:
+        table = _table("lm-evaluation-harness", "task", "metric", report.baseline, "compressed")
+        for h in report.harness:
+            table.add_row(h.task, h.metric, f"{h.base:.4f}", f"{h.value:.4f}")
+        yield table
     if report.sweep:
         table = _table("One layer compressed at a time", "layer", "divergence, nats")
         for x in report.sweep:
