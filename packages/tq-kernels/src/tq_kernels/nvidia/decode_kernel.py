@@ -306,6 +306,7 @@ def _attend(
     state,
     token,
     length,
+    oldest,
     lane,
     k_table,
     v_table,
@@ -322,11 +323,14 @@ def _attend(
     PER_ROW: tl.constexpr = NW * K_BITS // 4 if K_BITS != 3 else NW // 2 + max(1, NW // 4)
     DIGITS: tl.constexpr = 12582912.0  # 1.5 * 2^23: adding it rounds to an integer
     dots = _scores(keys, query, k_table, PER_ROW, K_BITS, D, NB)
-    # Scales past the end may be anything; as 0 they reach nothing.
+    # Scales past the end and before all windows may be anything; as 0 they reach nothing.
     scales = ()
     top_scale = tl.zeros([32], tl.float32)
     for i in tl.static_range(8):
-        scale = tl.where(token + i < length, _half(v_scales[i // 2], i % 2 == 1), 0.0)
+        held = token + i < length
+        if WINDOW:
+            held = held & (token + i >= oldest)
+        scale = tl.where(held, _half(v_scales[i // 2], i % 2 == 1), 0.0)
         top_scale = tl.maximum(top_scale, scale)
         scales = scales + (scale,)
     top_scale = _max_over_groups(top_scale)
@@ -534,6 +538,7 @@ def decode_partials(
                 state,
                 tile * 64 + lane_g * 8,
                 length,
+                length - query_len + 1 - window,
                 lane,
                 (k_table0, k_table1, k_table2, k_table3),
                 (v_table0, v_table1, v_table2, v_table3),

@@ -31,6 +31,7 @@ __all__ = [
     "check_block_table",
     "decode",
     "decode_ref",
+    "first_visible_page",
     "gather_sequence",
     "query_bounds",
 ]
@@ -91,18 +92,28 @@ def check_block_table(
 
 
 def gather_sequence(
-    pages: Tensor, table: Tensor, tokens: int, fmt: KVFormat
+    pages: Tensor, table: Tensor, tokens: int, fmt: KVFormat, first_page: int = 0
 ) -> tuple[TokenCodes, TokenCodes]:
-    """Codes of the first ``tokens`` tokens of one sequence, leading dimensions [1, kv_heads]."""
+    """Codes of one sequence up to ``tokens``, leading dimensions [1, kv_heads].
+
+    From ``first_page`` on: pages that no query sees may hold anything, NaN among their scales.
+    """
     used = -(-tokens // fmt.page_size)
-    records = pages[table[:used].to(torch.int64)].transpose(0, 1)
+    records = pages[table[first_page:used].to(torch.int64)].transpose(0, 1)
     parts = split_records(records, fmt.layout)
 
     def join(planes: tuple[Tensor, ...], scales: Tensor) -> TokenCodes:
         whole = TokenCodes(tuple(p.flatten(1, 2)[None] for p in planes), scales.flatten(1, 2)[None])
-        return whole.narrow(0, tokens)
+        return whole.narrow(0, tokens - first_page * fmt.page_size)
 
     return join(parts[0], parts[1]), join(parts[2], parts[3])
+
+
+def first_visible_page(position: int, sliding_window: int | None, fmt: KVFormat) -> int:
+    """The first page that a query at ``position`` sees."""
+    if sliding_window is None:
+        return 0
+    return max(position - sliding_window + 1, 0) // fmt.page_size
 
 
 def query_bounds(cu_query_lens: Tensor | None, q: Tensor, batch: int) -> list[int]:
@@ -143,7 +154,8 @@ def decode_ref(
         ``heads`` is a multiple of ``kv_heads``; query head ``h`` reads KV head
         ``h // (heads // kv_heads)``.
     block_table : int32 or int64 tensor [batch, max_pages]
-        Pages of each sequence in order; entries past its length may hold anything.
+        Pages of each sequence in order; entries past its length may hold anything, and so may
+        pages that lie before the windows of all queries.
     seq_lens : int32 or int64 tensor [batch]
         Stored tokens of each sequence, those of the queries included.
     fmt : KVFormat
@@ -194,7 +206,8 @@ def decode_ref(
         count = bounds[n + 1] - bounds[n]
         if count == 0:
             continue
-        keys, values = gather_sequence(pages, block_table[n], length, fmt)
+        page = first_visible_page(length - count, sliding_window, fmt)
+        keys, values = gather_sequence(pages, block_table[n], length, fmt, page)
         one, total = attend_codes(
             q[rows].transpose(0, 1)[None],
             keys,
@@ -202,7 +215,8 @@ def decode_ref(
             fmt,
             softmax_scale=softmax_scale,
             soft_cap=soft_cap,
-            query_positions=torch.arange(length - count, length, device=q.device),
+            query_positions=torch.arange(length - count, length, device=q.device)
+            - page * fmt.page_size,
             sliding_window=sliding_window,
             key_center=key_center,
             dtype=compute_dtype(q.dtype),

@@ -16,6 +16,7 @@ from tq_kernels.ops.backend import portable_kernels
 from tq_kernels.ops.decode import (
     check_attention,
     check_block_table,
+    first_visible_page,
     gather_sequence,
     query_bounds,
 )
@@ -106,14 +107,15 @@ def prefill_ref(
             key_offset=context,
             sliding_window=sliding_window,
         )
-        if context:
+        page = first_visible_page(context, sliding_window, fmt)
+        if context > page * fmt.page_size:
             prefix = attend_codes(
                 queries,
-                *gather_sequence(pages, block_table[n], context, fmt),
+                *gather_sequence(pages, block_table[n], context, fmt, page),
                 fmt,
                 softmax_scale=softmax_scale,
                 soft_cap=soft_cap,
-                query_positions=positions,
+                query_positions=positions - page * fmt.page_size,
                 sliding_window=sliding_window,
                 key_center=key_center,
             )

@@ -146,7 +146,10 @@ def attend_pages(
         for t in tl.static_range(4):
             p = tl.exp2(logits[t] - safe[:, None])
             total += tl.sum(p, 1)
-            scale = load_scales(record, slot + t, token + t < length, True, K_BITS, V_BITS, D, PAGE)
+            held = token + t < length
+            if WINDOW:  # pages before it may hold anything, and 0 * NaN is no zero
+                held = held & (token + t > first_position - window)
+            scale = load_scales(record, slot + t, held, True, K_BITS, V_BITS, D, PAGE)
             p = p * scale[None, :]
             peak = tl.maximum(peak, tl.max(tl.abs(p), 1))
             weights = weights + (p,)
