@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tq_core import TQError
+from tq_kernels import KVFormat
 from tq_kernels.presets import PRESETS
 from tq_vllm.settings import asked_for, load_settings, named_layers
 
@@ -22,9 +23,17 @@ def test_defaults() -> None:
     assert (settings.key_bits, settings.value_bits) == (4, 4)
     assert (settings.skip_layers, settings.layers_fine) == ("none", "none")
     assert (settings.prefill, settings.seed) == ("exact", 0)
+    assert settings.scale_name == KVFormat(128).scale
+    assert not settings.singles_out_layers
     assert not asked_for({})
     assert not asked_for({"TQ_K_BITS": "", "TQ_KERNELS_DEBUG": "1", "PATH": "x"})
     assert asked_for({"TQ4_V_BITS": "4"})
+
+
+@pytest.mark.parametrize("scale", ["norm", "unbiased"])
+def test_scale(monkeypatch: pytest.MonkeyPatch, scale: str) -> None:
+    monkeypatch.setenv("TQ_SCALE", scale)
+    assert load_settings().scale_name == scale
 
 
 @pytest.mark.parametrize("name", PRESETS)

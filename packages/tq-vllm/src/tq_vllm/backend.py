@@ -46,7 +46,7 @@ def _format(head_dim: int, page_size: int, fine: bool, settings: Settings) -> KV
         page_size,
         rotation=settings.rotation,
         seed=settings.seed,
-        scale=settings.scale,
+        scale=settings.scale_name,
     )
 
 
@@ -77,15 +77,18 @@ class TurboQuantBackend(OlderPages, AttentionBackend):
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
-        """All layouts in which the bytes of a page and head are contiguous."""
+        """All layouts in which the bytes of a page and head are contiguous, best first.
+
+        Where layers differ in bytes and in what they keep (a window, a state), vLLM pads all pages
+        to the largest one unless blocks are outermost; then it packs pages of any sizes into
+        blocks.
+        """
         from vllm.v1.kv_cache_interface import KVCacheLayout
 
-        return (
-            KVCacheLayout.LBHNC,
-            KVCacheLayout.BLHNC,
-            KVCacheLayout.LHBNC,
-            KVCacheLayout.BHLNC,
-        )
+        first, packed = KVCacheLayout.LBHNC, KVCacheLayout.BLHNC
+        if load_settings().singles_out_layers:
+            first, packed = packed, first
+        return first, packed, KVCacheLayout.LHBNC, KVCacheLayout.BHLNC
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:

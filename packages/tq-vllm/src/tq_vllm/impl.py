@@ -99,6 +99,9 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
                 not backend.supports_kv_cache_dtype(self.kv_cache_dtype)
             ),
             f"the arguments {', '.join(other)}": bool(other),
+            "multimodal prefixes, whose tokens attend to later ones": bool(
+                getattr(self.vllm_config.model_config, "is_mm_prefix_lm", False)
+            ),
         }
         for reason, refused in reasons.items():
             if refused:

@@ -65,11 +65,11 @@ def assign_layer(impl: TurboQuantImpl, act_dtype: torch.dtype) -> None:
     Settings that name layers mean those of the served model, not of a draft model.
     """
     settings, model = load_settings(), impl.vllm_config.model_config
-    chosen = settings.skip_layers, settings.layers_fine, settings.key_center
-    if chosen == ("none", "none", None) and not OLDER_PAGES:
+    chosen = settings.singles_out_layers or settings.key_center is not None
+    if not chosen and not OLDER_PAGES:
         return
     name, layer = _own_layer(impl)
-    if chosen != ("none", "none", None) and getattr(model, "runner_type", None) != "draft":
+    if chosen and getattr(model, "runner_type", None) != "draft":
         number = extract_layer_index(impl.kv_sharing_target_layer_name or name)
         total = model.get_total_num_hidden_layers()
         if number < total and _single_out(impl, layer, number, total, act_dtype):

@@ -9,7 +9,7 @@ from vllm.config import get_layers_from_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 
-from tq_vllm.settings import load_settings
+from tq_vllm.settings import Settings, load_settings
 
 __all__ = ["CacheBytes", "cache_bytes", "report_cache", "warn_of_padding"]
 
@@ -68,22 +68,35 @@ def cache_bytes(vllm_config: Any) -> CacheBytes:
     return CacheBytes(token, plain, tuple(sorted(slots)), layers, compressed)
 
 
+def _left_out(settings: Settings) -> str:
+    """Say what of a preset pages cannot do."""
+    first, last = settings.tokens_at_16_bits
+    if not first and not last:
+        return ""
+    return (
+        f" The first {first} and last {last} tokens of a sequence, which caches for transformers "
+        f"keep at 16 bits with preset {settings.preset}, are compressed too: a page has one format."
+    )
+
+
 def report_cache(vllm_config: Any) -> None:
     """Log the format and its bytes once a process."""
     settings, sizes = load_settings(), cache_bytes(vllm_config)
     logger.info_once(
-        "TurboQuant KV cache: keys %d bits, values %d bits, prefill %s; %d of %d layers "
+        "TurboQuant KV cache: keys %d bits, values %d bits, prefill %s, scale %s; %d of %d layers "
         "compressed, %s bytes a token and KV head; %.0f bytes a token against %.0f at 16 bits "
-        "(%.2fx smaller).",
+        "(%.2fx smaller).%s",
         settings.key_bits,
         settings.value_bits,
         settings.prefill,
+        settings.scale_name,
         sizes.compressed,
         sizes.layers,
         "/".join(map(str, sizes.slots)),
         sizes.token,
         sizes.token_16_bits,
         sizes.ratio,
+        _left_out(settings),
     )
 
 

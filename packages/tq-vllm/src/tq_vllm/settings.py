@@ -15,7 +15,8 @@
                      layer and head, for models with large key biases
 ``TQ_SEED``          seed of the rotation
 ``TQ_ROTATION``      ``hadamard`` (default) or ``haar``
-``TQ_SCALE``         ``mse`` (default), ``norm``, ``unbiased`` or ``none``
+``TQ_SCALE``         ``mse``, ``norm``, ``unbiased`` or ``none``; by default that of
+                     :class:`tq_kernels.KVFormat`
 ``TQ_CPU``           1 (default): on vLLM's CPU platform, take the place of its
                      attention; 0: leave it alone
 ===================  ===============================================================
@@ -50,6 +51,7 @@ __all__ = [
 ]
 
 Bits = Literal[2, 3, 4, 8]
+Scale = Literal["mse", "norm", "unbiased", "none"]
 
 
 #: Bits of keys and values in layers that get more.
@@ -88,7 +90,7 @@ class Settings(BaseSettings):
     key_center: FilePath | None = None
     seed: int = Field(default=0, ge=0, lt=2**64)
     rotation: Literal["hadamard", "haar"] = "hadamard"
-    scale: Literal["mse", "norm", "unbiased", "none"] = "mse"
+    scale: Scale | None = None
     cpu: bool = True
 
     @field_validator("k_bits", "v_bits", mode="before")
@@ -119,6 +121,21 @@ class Settings(BaseSettings):
         return _find_preset(self.preset).v_bits if self.v_bits is None else self.v_bits
 
     @property
+    def tokens_at_16_bits(self) -> tuple[int, int]:
+        """First and last tokens that the preset keeps at 16 bits where a cache can do so."""
+        preset = _find_preset(self.preset)
+        return preset.sink_tokens, preset.window_tokens
+
+    @property
+    def scale_name(self) -> Scale:
+        """What stored scales are matched to."""
+        if self.scale is not None:
+            return self.scale
+        from tq_kernels import KVFormat  # loads torch, which an import must not
+
+        return KVFormat.scale
+
+    @property
     def layers_fine(self) -> str:
         """Layers that get more bits, as ``TQ_FINE_LAYERS``.
 
@@ -129,6 +146,11 @@ class Settings(BaseSettings):
         preset = _find_preset(self.preset)
         same = (self.key_bits, self.value_bits) == (preset.k_bits, preset.v_bits)
         return EDGES if same and preset.k_bits <= 3 else "none"
+
+    @property
+    def singles_out_layers(self) -> bool:
+        """Whether some layers are kept at 16 bits or get more bits."""
+        return (self.skip_layers, self.layers_fine) != ("none", "none")
 
 
 def _names() -> list[str]:

@@ -108,15 +108,24 @@ def windowed(tmp_path_factory, tiny):
     return folders
 
 
-@pytest.mark.parametrize("kept", ["none", "sliding"])
-def test_sliding_window_layers_beside_full_ones(start, reference, decide, windowed, kept):
+@pytest.mark.parametrize("settings", [{}, {"TQ_SKIP_LAYERS": "sliding"}, {"TQ_FINE_LAYERS": "1"}])
+def test_sliding_window_layers_beside_full_ones(start, reference, decide, windowed, settings):
     sliding = range(0, 6, 2)
     generate = reference(
-        windowed[1], KVFormat(128, 4, 4), exact=True, kept=sliding if kept == "sliding" else ()
+        windowed[1],
+        KVFormat(128, 4, 4),
+        exact=True,
+        kept=sliding if "TQ_SKIP_LAYERS" in settings else (),
+        formats={1: KVFormat(128, 8, 4)} if "TQ_FINE_LAYERS" in settings else {},
     )
     case = decide(generate, LENGTHS, NEW)
-    settings = {"TQ_PRESET": "tq4", "TQ_SKIP_LAYERS": kept}
-    with start(windowed[0], settings, block_size=32) as engine:
+    with start(windowed[0], {"TQ_PRESET": "tq4", **settings}, block_size=32) as engine:
         windows = [layer.impl.sliding_window for layer in engine.layers.values()]
         assert [w in (None, -1) for w in windows] == [n not in sliding for n in range(6)]
         check(engine, case)
+        cache = engine.config.cache_config
+        if "TQ_SKIP_LAYERS" not in settings:  # vLLM's attention for CPUs makes it pad pages
+            packed = "TQ_FINE_LAYERS" in settings
+            assert cache.kv_cache_layout == ("BLHNC" if packed else "LBHNC")
+            slots = 2 * 132 + 196 if packed else 3 * 132
+            assert cache.num_gpu_blocks == (8 << 20) // (2 * 32 * slots)

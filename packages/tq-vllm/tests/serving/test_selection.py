@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tq_core import TQError
@@ -123,6 +125,19 @@ def test_a_layer_that_cannot_be_served_is_refused(tiny, arguments, message) -> N
         TurboQuantImpl(**given)
 
 
+def test_a_model_whose_images_attend_to_later_tokens_is_refused(tiny, monkeypatch) -> None:
+    from tq_vllm.impl import TurboQuantImpl
+    from vllm.config import set_current_vllm_config
+    from vllm.engine.arg_utils import EngineArgs
+
+    config = EngineArgs(str(tiny), max_model_len=64).create_engine_config()
+    with set_current_vllm_config(config):
+        TurboQuantImpl(2, 64, 0.125, 2)
+        monkeypatch.setitem(vars(config.model_config), "is_mm_prefix_lm", True)
+        with pytest.raises(TQError, match="multimodal prefixes"):
+            TurboQuantImpl(2, 64, 0.125, 2)
+
+
 def test_specifications_of_other_layers_are_refused() -> None:
     from tq_vllm.backend import TurboQuantBackend
     from vllm.v1.kv_cache_interface import (
@@ -169,3 +184,25 @@ def test_the_log_tells_the_bytes_that_are_allocated(start, tiny, caplog_vllm) ->
     assert "keys 3 bits, values 3 bits" in line and "5 of 6 layers" in line
     assert f"{sizes.token:.0f} bytes a token against {512 * 2 * 6}" in line
     assert f"({512 * 2 * 6 / sizes.token:.2f}x smaller)" in line
+    assert "first 4 and last 32 tokens" in line and "are compressed too" in line
+
+
+def test_layers_of_a_pipeline_stage_go_by_their_number_in_the_model(monkeypatch) -> None:
+    """vLLM's CPU workers cannot run two stages, with its own attention either."""
+    from tq_vllm.backend import FineTurboQuantBackend
+    from tq_vllm.layers import assign_layer
+
+    monkeypatch.setenv("TQ_PRESET", "tq4")
+    monkeypatch.setenv("TQ_FINE_LAYERS", "0,-1")
+    layers = {f"model.layers.{n}.self_attn.attn": SimpleNamespace() for n in (3, 4, 5)}
+    config = SimpleNamespace(
+        compilation_config=SimpleNamespace(static_forward_context=layers),
+        model_config=SimpleNamespace(runner_type="generate", get_total_num_hidden_layers=lambda: 6),
+    )
+    for layer in layers.values():
+        layer.impl = SimpleNamespace(
+            vllm_config=config, kv_sharing_target_layer_name=None, sliding_window=None, fine=False
+        )
+        assign_layer(layer.impl, torch.float32)
+    assert [layer.impl.fine for layer in layers.values()] == [False, False, True]
+    assert layers["model.layers.5.self_attn.attn"].attn_backend is FineTurboQuantBackend
