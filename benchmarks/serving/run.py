@@ -144,6 +144,7 @@ def free_port() -> int:
 def serve(command: list[str], variables: dict[str, str], url: str, log: Path) -> Iterator[None]:
     """Run a server; wait until it answers."""
     kept = {n: v for n, v in os.environ.items() if not n.startswith(("TQ_", "TQ4_"))}
+    kept["VLLM_LOGGING_LEVEL"] = "INFO"  # the size of the cache stands in the log
     with log.open("w") as sink:
         server = subprocess.Popen(
             command, env=kept | variables, stdout=sink, stderr=subprocess.STDOUT
