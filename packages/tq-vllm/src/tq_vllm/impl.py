@@ -99,6 +99,9 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
                 not backend.supports_kv_cache_dtype(self.kv_cache_dtype)
             ),
             f"the arguments {', '.join(other)}": bool(other),
+            "decode context parallelism": (
+                getattr(self.vllm_config.parallel_config, "decode_context_parallel_size", 1) > 1
+            ),
             "multimodal prefixes, whose tokens attend to later ones": bool(
                 getattr(self.vllm_config.model_config, "is_mm_prefix_lm", False)
             ),

@@ -125,6 +125,20 @@ def test_a_layer_that_cannot_be_served_is_refused(tiny, arguments, message) -> N
         TurboQuantImpl(**given)
 
 
+def test_contexts_split_over_devices_are_refused(tiny, monkeypatch) -> None:
+    from tq_vllm.impl import TurboQuantImpl
+    from vllm.config import set_current_vllm_config
+    from vllm.engine.arg_utils import EngineArgs
+
+    config = EngineArgs(str(tiny), max_model_len=64).create_engine_config()
+    monkeypatch.setattr(config.parallel_config, "decode_context_parallel_size", 2)
+    with (
+        set_current_vllm_config(config),
+        pytest.raises(TQError, match="decode context parallelism"),
+    ):
+        TurboQuantImpl(num_heads=2, head_size=64, scale=0.125, num_kv_heads=2)
+
+
 def test_a_model_whose_images_attend_to_later_tokens_is_refused(tiny, monkeypatch) -> None:
     from tq_vllm.impl import TurboQuantImpl
     from vllm.config import set_current_vllm_config
