@@ -508,6 +508,27 @@ def quality_rivals_large_bias() -> str:
     return quality_rivals("tiny-large-bias")
 
 
+@table("vector-codes")
+def vector_codes() -> str:
+    """Errors of lattice and trellis codes over the least possible at their bits."""
+    result = load("benchmarks/results/vector-codes.json")
+    rows = []
+    for row in result["rows"]:
+        least = 4.0 ** -row["bits"]
+        speed = result["vectors"] / row["encode_s"] if row["encode_s"] else None
+        rows.append(
+            (
+                f"{row['code']}, {row['bits']} bits",
+                f"{row['mse']:.4f}",
+                f"{row['mse'] / least:.2f}",
+                f"{row['entries']:,}",
+                f"{speed:,.0f}" if speed else "–",
+            )
+        )
+    header = ("code", "squared error", "over Shannon's", "entries", "vectors encoded a second")
+    return markdown(header, rows)
+
+
 @table("quality-retrieval")
 def quality_retrieval() -> str:
     """Share of values recalled by length and depth."""

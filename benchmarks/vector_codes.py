@@ -1,0 +1,180 @@
+"""Errors of lattice and trellis codes beside Lloyd-Max, at the same bits a coordinate.
+
+``python benchmarks/vector_codes.py`` writes ``benchmarks/results/vector-codes.json``. Coordinates
+are standard normal, the limit of rotated vectors. Every code spends exactly ``bits`` a coordinate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from scipy.optimize import minimize_scalar
+from scipy.spatial import cKDTree
+from tq_core import lloyd_max
+
+DIM = 128
+OUT = Path(__file__).parent / "results" / "vector-codes.json"
+Array = np.ndarray
+
+
+def d4(reach: int) -> Array:
+    """Points of D4 up to squared norm ``reach``, moved off the origin to a deep hole."""
+    side = range(-int(reach**0.5) - 1, int(reach**0.5) + 2)
+    points = np.array([p for p in itertools.product(side, repeat=4) if sum(p) % 2 == 0], float)
+    points += 0.5
+    return points[(points**2).sum(1) <= reach]
+
+
+def e8_half(reach: int) -> Array:
+    """Points of the coset of E8 by 1/4 in every coordinate, up to squared norm ``reach``."""
+    levels = np.arange(-int(reach**0.5) - 1, int(reach**0.5) + 2)
+    found = []
+    for offset in (0.0, 0.5):
+        points, norms = np.zeros((1, 0)), np.zeros(1)
+        for _ in range(8):
+            step = levels + offset
+            points = np.concatenate(
+                [np.repeat(points, len(step), 0), np.tile(step, len(points))[:, None]], axis=1
+            )
+            norms = np.repeat(norms, len(step)) + np.tile((step + 0.25) ** 2, len(norms))
+            points, norms = points[norms <= reach], norms[norms <= reach]
+        found.append(points[points.sum(1) % 2 == 0])
+    return np.concatenate(found) + 0.25
+
+
+def smallest(points: Array, count: int) -> Array:
+    """The ``count`` points of smallest norm."""
+    return points[np.argsort((points**2).sum(1), kind="stable")[:count]]
+
+
+def lattice_error(x: Array, points: Array) -> float:
+    """Mean squared error of the nearest point, at the best scale."""
+    dim = points.shape[1]
+    tree = cKDTree(points)
+
+    def error(scale: float, vectors: Array) -> float:
+        near = points[tree.query(vectors / scale)[1]] * scale
+        return float(((vectors - near) ** 2).mean())
+
+    vectors = x.reshape(-1, dim)
+    typical = dim**0.5 / float(((points**2).sum(1)).max() ** 0.5)
+    best = minimize_scalar(
+        lambda s: error(s, vectors[:20000]),
+        bounds=(0.5 * typical, 3 * typical),
+        method="bounded",
+        options={"xatol": 1e-3 * typical},
+    )
+    return error(float(best.x), vectors)
+
+
+def trellis_decode(symbols: Array, table: Array, bits: int) -> Array:
+    """Numbers of a bit-shift trellis: each is that of the last ``log2(len(table))`` bits."""
+    state = np.zeros(len(symbols), np.int64)
+    out = np.empty(symbols.shape)
+    for i in range(symbols.shape[1]):
+        state = ((state << bits) | symbols[:, i]) & (len(table) - 1)
+        out[:, i] = table[state]
+    return out
+
+
+def trellis_encode(x: Array, table: Array, bits: int) -> Array:
+    """Symbols [vectors, coordinates] of least squared error from state 0 (Viterbi)."""
+    states, fan = len(table), 1 << bits
+    cost = np.full((len(x), states), np.inf, np.float32)
+    cost[:, 0] = 0
+    choice = np.empty((x.shape[1], len(x), states // fan), np.uint8)
+    for i in range(x.shape[1]):
+        ways = cost.reshape(len(x), fan, states // fan)  # by the oldest symbol of a state
+        choice[i] = ways.argmin(1)
+        least = ways.min(1)
+        cost = np.repeat(least, fan, 1) + (x[:, i : i + 1] - table).astype(np.float32) ** 2
+    state = cost.argmin(1)
+    symbols = np.empty(x.shape, np.int64)
+    rows = np.arange(len(x))
+    for i in reversed(range(x.shape[1])):
+        symbols[:, i] = state & (fan - 1)
+        older = state >> bits
+        state = older + choice[i, rows, older].astype(np.int64) * (states // fan)
+    return symbols
+
+
+def trellis_table(memory: int, bits: int, rng: np.random.Generator, x: Array) -> Array:
+    """A table of random normal numbers, then means of what was coded by each (Lloyd's step)."""
+    table = rng.standard_normal(1 << memory)
+    for _ in range(4):
+        symbols = trellis_encode(x, table, bits)
+        state = np.zeros(len(x), np.int64)
+        total, count = np.zeros(len(table)), np.zeros(len(table))
+        for i in range(x.shape[1]):
+            state = ((state << bits) | symbols[:, i]) & (len(table) - 1)
+            np.add.at(total, state, x[:, i])
+            np.add.at(count, state, 1)
+        table = np.where(count > 0, total / np.maximum(count, 1), table)
+    return table
+
+
+def timed(call: Callable[[], float]) -> tuple[float, float]:
+    """Result and seconds of processor time."""
+    start = time.process_time()
+    return call(), time.process_time() - start
+
+
+def trellis_error(x: Array, table: Array, bits: int) -> float:
+    """Mean squared error of the best path."""
+    return float(((x - trellis_decode(trellis_encode(x, table, bits), table, bits)) ** 2).mean())
+
+
+def main() -> None:
+    """Measure and write the result."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--vectors", type=int, default=1024)
+    parser.add_argument("--out", type=Path, default=OUT)
+    options = parser.parse_args()
+    rng = np.random.default_rng(0)
+    x, train = (rng.standard_normal((options.vectors, DIM)) for _ in range(2))
+    rows: list[dict[str, object]] = []
+
+    def add(code: str, bits: int, mse: float, entries: int, seconds: float | None) -> None:
+        rows.append(
+            {"code": code, "bits": bits, "mse": mse, "entries": entries, "encode_s": seconds}
+        )
+        print(code, bits, mse, seconds)
+
+    for bits in (2, 3):
+        book = lloyd_max(DIM, bits)
+        centroids = book.centroids * DIM**0.5
+        cut = (centroids[1:] + centroids[:-1]) / 2
+        error, seconds = timed(
+            lambda c=centroids, b=cut: float(((x - c[np.searchsorted(b, x)]) ** 2).mean())
+        )
+        add("Lloyd-Max", bits, error, 1 << bits, seconds)
+        points = smallest(d4(12 if bits == 2 else 60), 1 << 4 * bits)
+        error, seconds = timed(lambda p=points: lattice_error(x, p))
+        add("D4 in a ball", bits, error, len(points), None)
+        if bits == 2:
+            points = smallest(e8_half(12), 1 << 8 * bits)
+            error, seconds = timed(lambda p=points: lattice_error(x, p))
+            add("E8 in a ball", bits, error, len(points), None)
+        for memory in (6, 8, 10, 12):
+            table = trellis_table(memory, bits, rng, train)
+            error, seconds = timed(lambda t=table, b=bits: trellis_error(x, t, b))
+            add(f"trellis of {memory} bits", bits, error, len(table), seconds)
+    result = {
+        "vectors": options.vectors,
+        "dim": DIM,
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "rows": rows,
+    }
+    options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
