@@ -1,4 +1,4 @@
-"""Time decode on codes against 16-bit attention on the CPU, one query on a long prefix.
+"""Time decode on codes against attention of PyTorch on the CPU, one query on a long prefix.
 
 ``python benchmarks/cpu_decode.py`` writes ``benchmarks/results/cpu-decode.json``. The ways take
 turns in one process, so that whatever else the machine does hits them alike; medians are reported,
@@ -73,11 +73,12 @@ def main() -> None:
     torch.manual_seed(0)
     q = torch.randn(1, HEADS, 1, DIM, dtype=torch.bfloat16)
     k, v = torch.randn(2, 1, KV_HEADS, options.tokens, DIM, dtype=torch.bfloat16)
-    ways: dict[str, Callable[[], object]] = {
-        "sdpa-bf16": lambda: torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, enable_gqa=True
+    ways: dict[str, Callable[[], object]] = {}
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        given = tuple(t.to(dtype) for t in (q, k, v))
+        ways[f"sdpa-{str(dtype)[6:]}"] = lambda given=given: (
+            torch.nn.functional.scaled_dot_product_attention(*given, enable_gqa=True)
         )
-    }
     errors = {}
     exact = attend_dense(q.float(), k, v)[0].double()
     for bits in (4, 3, 2, 8):
@@ -94,7 +95,7 @@ def main() -> None:
         }
     with torch.inference_mode():
         times = measure(ways, options.rounds)
-    base = times["sdpa-bf16"]
+    base = times["sdpa-bfloat16"]
     for taken in times.values():
         for clock in ("wall", "processor"):
             taken[f"{clock}_ratio"] = taken[f"{clock}_ms"] / base[f"{clock}_ms"]
@@ -114,7 +115,7 @@ def main() -> None:
     options.out.write_text(json.dumps(result, indent=1) + "\n")
     for name, t in times.items():
         print(
-            f"{name:10} {t['wall_ms']:8.2f} ms {t['wall_ratio']:6.2f}x   "
+            f"{name:14} {t['wall_ms']:8.2f} ms {t['wall_ratio']:6.2f}x   "
             f"processor {t['processor_ms']:8.2f} ms {t['processor_ratio']:6.2f}x"
         )
 

@@ -244,6 +244,23 @@ def gpu_sweep() -> str:
     return gpu_table(("batch", *(thousands(c) for c in contexts)), rows)
 
 
+@table("cpu-decode")
+def cpu_decode() -> str:
+    """Decode on the CPU: PyTorch's attention, then ours."""
+    result = load("benchmarks/results/cpu-decode.json")
+    where = result["where"]
+    rows = [
+        (
+            name.replace("sdpa-", "PyTorch, ") if name.startswith("sdpa") else name.upper(),
+            f"{taken['wall_ms']:.1f}",
+            f"{taken['wall_ratio']:.2f}x",
+        )
+        for name, taken in result["times"].items()
+    ]
+    header = (f"{where['processor']}, {where['threads']} threads", "ms", "of bfloat16")
+    return markdown(header, rows)
+
+
 @table("gpu-store")
 def gpu_store() -> str:
     """Store beside a copy of the same bytes and the peers."""
