@@ -2,8 +2,9 @@
 
 For a query q the score of a vector with codes c and scale s is ``s Σ_j (Rq)_j centroid[c_j]``.
 Vectors are read in blocks that fit the cache: packed bytes become float32 centroids by one table
-look-up a byte, and one matrix product scores them for many queries at once. What may be among the
-best is scored again in float64, so the result is exact. No vector is rotated back.
+look-up for every one or two of them, and one matrix product scores them for many queries at once.
+What may be among the best is scored again in float64, so the result is exact. No vector is rotated
+back.
 """
 
 from __future__ import annotations
@@ -73,12 +74,20 @@ class CodeIndex:
         self._parts.append(self.quantizer.encode(array))
 
     @cached_property
-    def _table(self) -> NDArray[np.float32]:
-        """Centroids of every packed byte, float32 [256, 8 / bits], where the bits divide 8."""
+    def _word(self) -> np.dtype[np.unsignedinteger]:
+        """What is looked up at once: two bytes if vectors are whole ones and the table is small."""
         bits = self.quantizer.bits
-        states = np.arange(256)[:, None] >> (bits * np.arange(8 // bits))
+        pairs = bits >= 4 and self.quantizer.dim * bits % 16 == 0
+        return np.dtype("<u2" if pairs else "u1")
+
+    @cached_property
+    def _table(self) -> NDArray[np.void]:
+        """Float32 centroids of every packed word, where the bits divide 8."""
+        bits, width = self.quantizer.bits, 8 * self._word.itemsize
+        states = np.arange(2**width)[:, None] >> (bits * np.arange(width // bits))
         centroids = self.quantizer.codebook.centroids.astype(np.float32)
-        return np.asarray(centroids[states & (2**bits - 1)])
+        table = np.ascontiguousarray(centroids[states & (2**bits - 1)])
+        return table.view(np.dtype((np.void, 4 * table.shape[1]))).ravel()
 
     def _centroids(
         self, data: NDArray[np.uint8], buffer: NDArray[np.complex128]
@@ -87,10 +96,10 @@ class CodeIndex:
         bits, dim = self.quantizer.bits, self.quantizer.dim
         if 8 % bits:
             return self.quantizer.codebook.decode(unpack_bits(data, bits, dim), np.float32)
-        entry = np.dtype((np.void, 32 // bits))
-        out = buffer.view(entry)[: data.size].reshape(data.shape)
-        # Every byte is a valid index; "clip" writes to out without a copy.
-        np.take(self._table.view(entry).ravel(), data.astype(np.intp), out=out, mode="clip")
+        words = np.ascontiguousarray(data).view(self._word)
+        out = buffer.view(self._table.dtype)[: words.size].reshape(words.shape)
+        # Every word is a valid index; "clip" writes to out without a copy.
+        np.take(self._table, words.astype(np.intp), out=out, mode="clip")
         return out.view(np.float32).reshape(len(data), -1)[:, :dim]
 
     def _blocks(self) -> Iterator[tuple[int, Encoded]]:
