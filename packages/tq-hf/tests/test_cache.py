@@ -15,8 +15,9 @@ from tq_hf.stand_in import StandIn
 from tq_hf.testing import feed, reference_cache
 from transformers import DynamicCache
 
-#: What float32 leaves when matrix products of other shapes add up in another order.
-TOLERANCE = 1e-5
+EXACT = {"atol": 1e-9, "rtol": 1e-7}
+#: A single token of codes is decoded by a float32 matrix product of another shape.
+FLOAT32 = {"atol": 1e-5, "rtol": 1e-5}
 BITS = [(4, 4), (4, 3), (3, 3), (2, 2), (8, 4)]
 
 
@@ -32,23 +33,25 @@ def pair(model: Any, **options: Any) -> tuple[TurboQuantCache, Any]:
     return cache, reference_cache(cache)
 
 
-def check_equal(model: Any, ids: Tensor, caches: Any, sizes: Any, mask: Any = None) -> Tensor:
+def check_equal(
+    model: Any, ids: Tensor, caches: Any, sizes: Any, mask: Any = None, close: Any = EXACT
+) -> Tensor:
     """Feed both caches, compare the logits, and return them."""
     sizes = list(sizes)
     ours, theirs = (feed(model, ids, cache, sizes, mask) for cache in caches)
     if mask is not None:
         seen = mask[:, -ids.shape[1] :].bool()
         ours, theirs = ours[seen], theirs[seen]
-    torch.testing.assert_close(ours, theirs, atol=TOLERANCE, rtol=TOLERANCE)
+    torch.testing.assert_close(ours, theirs, **close)
     assert caches[0].get_seq_length() == caches[1].get_seq_length()
     return ours
 
 
-def check_held(cache: TurboQuantCache, reference: Any) -> None:
+def check_held(cache: TurboQuantCache, reference: Any, close: Any = EXACT) -> None:
     """Both caches hold the same numbers."""
     for ours, theirs in zip(cache.layers, reference.layers, strict=True):
-        torch.testing.assert_close(ours.keys, theirs.keys, atol=TOLERANCE, rtol=TOLERANCE)
-        torch.testing.assert_close(ours.values, theirs.values, atol=TOLERANCE, rtol=TOLERANCE)
+        torch.testing.assert_close(ours.keys, theirs.keys, **close)
+        torch.testing.assert_close(ours.values, theirs.values, **close)
 
 
 @pytest.mark.parametrize(("k_bits", "v_bits"), BITS)
@@ -179,9 +182,10 @@ def test_crop(model: Any, trained: Any, keep: int) -> None:
     check_equal(model, ids[:, :130], caches, [100, *[3] * 10])
     crop_to(caches, keep)
     assert caches[0].get_seq_length() == keep
-    check_held(*caches)
-    check_equal(model, ids[:, keep:], caches, [10, *[6] * 5, 130 - keep])
-    check_held(*caches)
+    close = FLOAT32 if keep == 5 else EXACT  # behind 4 sinks
+    check_held(*caches, close)
+    check_equal(model, ids[:, keep:], caches, [10, *[6] * 5, 130 - keep], close=close)
+    check_held(*caches, close)
 
 
 def test_crop_to_nothing_and_of_nothing(trained: Any) -> None:

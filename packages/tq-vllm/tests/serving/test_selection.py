@@ -6,6 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import vllm
+from packaging.version import Version
 from tq_core import TQError
 from tq_vllm import register
 from tq_vllm.plugin import BACKEND
@@ -97,6 +99,8 @@ def test_selection() -> None:
         "non-causal attention not supported": {"use_non_causal": True},
         "compute capability not supported": {"device_capability": DeviceCapability(7, 5)},
     }
+    if Version(vllm.__version__) >= Version("0.30"):  # 0.29 does not ask
+        refused["DCP not supported"] = {"use_dcp": True}
     for reason, change in refused.items():
         assert reasons(**change) == [reason]
     assert reasons(head_size=512) == reasons(head_size=72)
