@@ -64,7 +64,7 @@ class RetrievalTask:
 
 
 @torch.no_grad()
-def _logits(
+def chunked_logits(
     model: Any, tokens: Tensor, make_cache: CacheFactory | None, chunk: int | None
 ) -> Tensor:
     """Return logits [batch, length, vocabulary], fed in chunks through a cache if one is given."""
@@ -131,7 +131,7 @@ def perplexity(
             if max_tokens is not None:
                 piece = piece[: max_tokens - count + 1]
             ids = torch.tensor([piece], device=model.device)
-            logits = _logits(model, ids[:, :-1], make_cache, chunk)[0].float()
+            logits = chunked_logits(model, ids[:, :-1], make_cache, chunk)[0].float()
             loss = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum")
             nats += float(loss)
             count += len(piece) - 1
@@ -288,7 +288,7 @@ def retrieval_accuracy(
         hits = 0
         for task in retrieval_tasks(tokenizer, distance, count, seed=seed):
             ids = torch.tensor([[*task.prompt, *task.answer]], device=model.device)
-            logits = _logits(model, ids[:, :-1], make_cache, chunk)
+            logits = chunked_logits(model, ids[:, :-1], make_cache, chunk)
             guess = logits[0, len(task.prompt) - 1 :].argmax(-1)
             hits += int(torch.equal(guess, ids[0, len(task.prompt) :]))
         result[distance] = hits / count

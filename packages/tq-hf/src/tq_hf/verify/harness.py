@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from tq_core import TQError
 
 from tq_hf.argument import cache_argument
+from tq_hf.models.quality import CacheFactory, chunked_logits
 
 __all__ = ["HarnessScore", "harness_model", "harness_scores"]
-
-CacheFactory = Callable[[], Any]
 
 
 @dataclass(frozen=True)
@@ -77,16 +75,8 @@ def harness_model(
     )
     generate = found._model_generate
 
-    @torch.no_grad()
     def call(ids: Tensor, attn_mask: Any = None, labels: Any = None) -> Tensor:
-        cache = make_cache()
-        return torch.cat(
-            [
-                model(input_ids=part, use_cache=True, **cache_argument(model, cache)).logits
-                for part in torch.split(ids, chunk, dim=1)
-            ],
-            dim=1,
-        )
+        return chunked_logits(model, ids, make_cache, chunk)
 
     def generate_cached(context: Tensor, max_length: int, stop: list[str], **options: Any) -> Any:
         return generate(context, max_length, stop, **options, **cache_argument(model, make_cache()))
