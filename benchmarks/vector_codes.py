@@ -74,13 +74,13 @@ def lattice_error(x: Array, points: Array) -> float:
     return error(float(best.x), vectors)
 
 
-def trellis_decode(symbols: Array, table: Array, bits: int) -> Array:
-    """Numbers of a bit-shift trellis: each is that of the last ``log2(len(table))`` bits."""
+def trellis_states(symbols: Array, memory: int, bits: int) -> Array:
+    """The last ``memory`` bits at each symbol, from state 0; they index the table of numbers."""
     state = np.zeros(len(symbols), np.int64)
-    out = np.empty(symbols.shape)
+    out = np.empty(symbols.shape, np.int64)
     for i in range(symbols.shape[1]):
-        state = ((state << bits) | symbols[:, i]) & (len(table) - 1)
-        out[:, i] = table[state]
+        state = ((state << bits) | symbols[:, i]) & ((1 << memory) - 1)
+        out[:, i] = state
     return out
 
 
@@ -109,13 +109,9 @@ def trellis_table(memory: int, bits: int, rng: np.random.Generator, x: Array) ->
     """A table of random normal numbers, then means of what was coded by each (Lloyd's step)."""
     table = rng.standard_normal(1 << memory)
     for _ in range(4):
-        symbols = trellis_encode(x, table, bits)
-        state = np.zeros(len(x), np.int64)
-        total, count = np.zeros(len(table)), np.zeros(len(table))
-        for i in range(x.shape[1]):
-            state = ((state << bits) | symbols[:, i]) & (len(table) - 1)
-            np.add.at(total, state, x[:, i])
-            np.add.at(count, state, 1)
+        states = trellis_states(trellis_encode(x, table, bits), memory, bits).ravel()
+        total = np.bincount(states, x.ravel(), len(table))
+        count = np.bincount(states, minlength=len(table))
         table = np.where(count > 0, total / np.maximum(count, 1), table)
     return table
 
@@ -126,9 +122,10 @@ def timed(call: Callable[[], float]) -> tuple[float, float]:
     return call(), time.process_time() - start
 
 
-def trellis_error(x: Array, table: Array, bits: int) -> float:
+def trellis_error(x: Array, table: Array, memory: int, bits: int) -> float:
     """Mean squared error of the best path."""
-    return float(((x - trellis_decode(trellis_encode(x, table, bits), table, bits)) ** 2).mean())
+    numbers = table[trellis_states(trellis_encode(x, table, bits), memory, bits)]
+    return float(((x - numbers) ** 2).mean())
 
 
 def main() -> None:
@@ -156,15 +153,13 @@ def main() -> None:
         )
         add("Lloyd-Max", bits, error, 1 << bits, seconds)
         points = smallest(d4(12 if bits == 2 else 60), 1 << 4 * bits)
-        error, seconds = timed(lambda p=points: lattice_error(x, p))
-        add("D4 in a ball", bits, error, len(points), None)
+        add("D4 in a ball", bits, lattice_error(x, points), len(points), None)
         if bits == 2:
             points = smallest(e8_half(12), 1 << 8 * bits)
-            error, seconds = timed(lambda p=points: lattice_error(x, p))
-            add("E8 in a ball", bits, error, len(points), None)
+            add("E8 in a ball", bits, lattice_error(x, points), len(points), None)
         for memory in (6, 8, 10, 12):
             table = trellis_table(memory, bits, rng, train)
-            error, seconds = timed(lambda t=table, b=bits: trellis_error(x, t, b))
+            error, seconds = timed(lambda t=table, m=memory, b=bits: trellis_error(x, t, m, b))
             add(f"trellis of {memory} bits", bits, error, len(table), seconds)
     result = {
         "vectors": options.vectors,
