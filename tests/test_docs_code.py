@@ -1,6 +1,11 @@
-"""Every code block of the documents: Python runs, commands exist, the rest parses.
+"""Every code block of the documents: Python and commands run, the rest parses.
 
-Blocks of a page run in order in one namespace, in an empty folder, with the names below defined.
+Python blocks of a page run in order in one namespace, in an empty folder, with the names below
+defined. Commands run in a copy of the repository, with a small model. A comment before a block says
+what cannot run here, or which options make it small::
+
+    <!-- not run: needs a GPU -->
+    <!-- run with: --quick -->
 """
 
 from __future__ import annotations
@@ -9,12 +14,17 @@ import ast
 import importlib
 import importlib.util
 import json
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 import tomllib
 from contextlib import AbstractContextManager, nullcontext
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -24,16 +34,38 @@ PAGES = sorted(
     for pattern in ("*.md", "docs/*.md", "packages/*/README.md")
     for path in ROOT.glob(pattern)
 )
-FENCE = re.compile(r"^```[ \t]*(\w*)[^\n]*\n(.*?)^```[ \t]*$", re.MULTILINE | re.DOTALL)
-# Diagrams and formulas of pages whose plain blocks are no commands.
-TEXT = {"docs/architecture.md", "docs/format.md"}
+FENCE = re.compile(
+    r"(?:^<!-- (?P<verb>not run|run with): (?P<note>[^\n]*) -->\n)?"
+    r"^```[ \t]*(?P<kind>\w*)[^\n]*\n(?P<text>.*?)^```[ \t]*$",
+    re.MULTILINE | re.DOTALL,
+)
+INLINE = re.compile(r"(?<!`)`((?:tq|python|pytest|uvx)\s[^`…:]+)`(?!`)")
+SHELL = ("", "bash", "sh", "shell", "console")
 # A page of this package whose Python needs the engine, which the tests here do not have.
 NEEDS = {"docs/vllm.md": "vllm", "packages/tq-vllm/README.md": "vllm"}
+# What stands for what a reader has.
+SMALL = {r"\bMODEL\b": "tiny", r"--device cuda\b": "--device cpu"}
+COPIED = ("README.md", "benchmarks", "docs", "packages", "pyproject.toml", "tests", "tools")
 
 
-def blocks(page: str) -> list[tuple[str, str]]:
-    """Language and text of each fenced block."""
-    return FENCE.findall((ROOT / page).read_text(encoding="utf-8"))
+class Block(NamedTuple):
+    """A fenced block; ``verb`` and ``note`` are of the comment before it."""
+
+    verb: str
+    note: str
+    kind: str
+    text: str
+
+
+def blocks(page: str) -> list[Block]:
+    """Fenced blocks of a page."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return [Block(*(part or "" for part in match.groups())) for match in FENCE.finditer(text)]
+
+
+def lines(text: str) -> list[str]:
+    """Lines of a shell block: continued ones joined, prompts left out."""
+    return [line.removeprefix("$ ") for line in text.replace("\\\n", " ").splitlines()]
 
 
 def model_names() -> dict[str, Any]:
@@ -68,11 +100,12 @@ def namespace(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]
     return {"__name__": "docs"}
 
 
+@pytest.mark.filterwarnings("error:.*is deprecated:FutureWarning")
 @pytest.mark.parametrize(
-    "page", [page for page in PAGES if any(kind == "python" for kind, _ in blocks(page))]
+    "page", [page for page in PAGES if any(block.kind == "python" for block in blocks(page))]
 )
 def test_python_runs(page: str, namespace: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    code = [text for kind, text in blocks(page) if kind == "python"]
+    code = [block.text for block in blocks(page) if block.kind == "python"]
     for text in code:
         ast.parse(text)
     if page in NEEDS and importlib.util.find_spec(NEEDS[page]) is None:
@@ -153,35 +186,109 @@ def check_command(line: str) -> None:
                 assert word.split("=")[0] in known, f"{line}: no option {word}; {sorted(known)}"
     elif words[0] == "python" and len(words) > 1 and words[1].endswith(".py"):
         assert (ROOT / words[1]).exists(), f"{line}: no file {words[1]}"
+    elif words[0] == "pip" and words[1] == "install":
+        for word in words[2:]:
+            name, _, extras = word.rstrip("]").partition("[")
+            if name.startswith("tq-"):
+                known = set(distribution(name).metadata.get_all("Provides-Extra") or ())
+                unknown = set(filter(None, extras.split(","))) - known
+                assert not unknown, f"{line}: no extra {unknown}"
 
 
 @pytest.mark.parametrize(
-    "page", [page for page in PAGES if any(kind != "python" for kind, _ in blocks(page))]
+    "page", [page for page in PAGES if any(block.kind != "python" for block in blocks(page))]
 )
 def test_other_blocks_are_right(page: str) -> None:
-    for kind, text in blocks(page):
-        if kind == "json":
-            json.loads(text)
-        elif kind == "toml":
-            tomllib.loads(text)
-        elif kind in ("", "bash", "sh", "shell", "console"):
-            if page in TEXT:
-                continue
-            for line in text.replace("\\\n", " ").splitlines():
+    for block in blocks(page):
+        if block.kind == "json":
+            json.loads(block.text)
+        elif block.kind == "toml":
+            tomllib.loads(block.text)
+        elif block.kind in SHELL:
+            for line in lines(block.text):
                 for part in line.split(" && "):
-                    check_command(part.removeprefix("$ "))
+                    check_command(part)
         else:
-            assert kind in ("python", "yaml", "text", "mermaid", "bibtex"), (
-                f"{page}: a block of {kind!r} is not checked; teach this test to"
+            assert block.kind in ("python", "yaml", "text", "mermaid", "bibtex"), (
+                f"{page}: a block of {block.kind!r} is not checked; teach this test to"
             )
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_in_sentences_are_right(page: str) -> None:
+    for command in INLINE.findall((ROOT / page).read_text(encoding="utf-8")):
+        check_command(" ".join(command.split()))
+
+
+def scripts() -> dict[str, str]:
+    """Shell blocks that run, without what installs and without sessions: script, first page."""
+    found: dict[str, str] = {}
+    for page in PAGES:
+        for block in blocks(page):
+            if block.kind not in SHELL or block.verb == "not run":
+                continue
+            kept = [
+                line
+                for line in lines(block.text)
+                if line.strip() and not re.match(r"(pip install|uv pip|uv venv|uvx nox)\b", line)
+            ]
+            if kept and block.verb == "run with":
+                kept[-1] += " " + block.note
+            if kept:
+                found.setdefault("\n".join(kept), page)
+    return found
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A copy of the repository that commands may write to; packages are linked."""
+    for name in COPIED:
+        source = ROOT / name
+        if name == "packages" or source.is_file():
+            (tmp_path / name).symlink_to(source)
+        else:
+            shutil.copytree(source, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    models = ROOT / "packages" / "tq-hf" / "src" / "tq_hf" / "models"
+    (tmp_path / "tiny").symlink_to(models / "tiny")
+    (tmp_path / "sample.txt").write_text("def double(x):\n    return 2 * x\n\n" * 300)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "script", [pytest.param(s, id=f"{p}: {s.splitlines()[0]}") for s, p in scripts().items()]
+)
+def test_commands_run(script: str, checkout: Path) -> None:
+    for pattern, small in SMALL.items():
+        script = re.sub(pattern, small, script)
+    env = {n: v for n, v in os.environ.items() if not n.startswith(("PYTEST_", "TQ_"))}
+    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
+    done = subprocess.run(
+        ["bash", "-ec", script], cwd=checkout, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, f"{script}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+
+
+def test_sessions_of_the_documents_run_in_a_workflow() -> None:
+    workflows = "".join(p.read_text() for p in (ROOT / ".github" / "workflows").glob("*.yml"))
+    for page in PAGES:
+        for block in blocks(page):
+            for name in re.findall(r"^uvx nox -s (\w+)", block.text, re.MULTILINE):
+                assert re.search(rf"\b{name}\b", workflows), f"{page}: {name} runs in no workflow"
+
+
 def test_wrong_commands_are_noticed() -> None:
-    for line in ("uvx nox -s nothing", "tq codebook --dimm 3", "python tools/absent.py"):
+    for line in (
+        "uvx nox -s nothing",
+        "tq codebook --dimm 3",
+        "python tools/absent.py",
+        "pip install 'tq-core[nothing]'",
+    ):
         with pytest.raises(AssertionError, match="no "):
             check_command(line)
     with pytest.raises(KeyError, match="nothing"):
         check_command("tq nothing")
+    with pytest.raises(PackageNotFoundError, match="tq-nothing"):
+        check_command("pip install tq-nothing")
 
 
 def test_every_page_is_in_the_navigation() -> None:

@@ -42,13 +42,13 @@ def use_kernels() -> None:
 
 
 def use_hf() -> None:
-    from tq_hf import TurboQuantCache
+    from tq_hf import TurboQuantCache, cache_argument
     from tq_hf.models import load_model
 
     model, tokenizer = load_model("tiny")
     inputs = tokenizer("def mean(values):\n", return_tensors="pt")
     cache = TurboQuantCache(model.config, window_tokens=16)
-    model.generate(**inputs, past_key_values=cache, max_new_tokens=64, do_sample=False)
+    model.generate(**inputs, max_new_tokens=64, do_sample=False, **cache_argument(model, cache))
     assert cache.memory_usage().ratio > 1, cache.memory_usage()
 
 

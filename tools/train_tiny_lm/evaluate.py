@@ -20,6 +20,7 @@ import torch
 import transformers
 from torch import Tensor
 from tq_core import HadamardRotation, lloyd_max
+from tq_hf import cache_argument
 from tq_hf.models import (
     Perplexity,
     available_models,
@@ -107,7 +108,7 @@ def key_quantization(model: Any, tokenizer: Any, tokens: int) -> dict[str, Any]:
     recorder = RecordedKeys()
     ids = tokenizer.encode(held_out_text(CALIBRATION), add_special_tokens=False)[:2048]
     with torch.no_grad():
-        model(input_ids=torch.tensor([ids]), past_key_values=recorder, use_cache=True)
+        model(input_ids=torch.tensor([ids]), use_cache=True, **cache_argument(model, recorder))
     dim = model.config.head_dim
     names = sorted({d.package for d in held_out_documents()} - {CALIBRATION})
     texts = [held_out_text(name) for name in names]

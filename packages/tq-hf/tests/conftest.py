@@ -9,6 +9,12 @@ import torch
 from tq_hf.models import load_model
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """A cache goes to a model under the name that its transformers asks for."""
+    line = "error:`past_key_values` is deprecated:FutureWarning"
+    config.addinivalue_line("filterwarnings", line)
+
+
 @pytest.fixture(autouse=True)
 def _inference() -> Any:
     with torch.no_grad():

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from tq_core import TQError
-from tq_hf import TurboQuantCache
+from tq_hf import TurboQuantCache, cache_argument
 from tq_hf.models import held_out_text
 from tq_hf.verify.layers import LayerScores, measure_layers
 from tq_hf.verify.measure import history_bytes, measure
@@ -340,7 +340,7 @@ def test_bytes_are_those_of_the_tensors(plain: Any) -> None:
     model, _ = plain
     ids = torch.zeros(1, 80, dtype=torch.long)
     cache = TurboQuantCache(model.config, 4, 3, skip_layers=[0])
-    model(input_ids=ids, past_key_values=cache, use_cache=True)
+    model(input_ids=ids, use_cache=True, **cache_argument(model, cache))
     assert history_bytes(cache.layers) == (2 * 512 + 2 * 116, 4 * 512)
     assert history_bytes(cache.layers[1:]) == (2 * 116, 2 * 512)
 

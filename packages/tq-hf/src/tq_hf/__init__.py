@@ -5,16 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tq_hf.argument import cache_argument
     from tq_hf.cache import TurboQuantCache
     from tq_hf.layer import KeyCenterWarning
     from tq_hf.memory import MemoryUsage
 
-__all__ = ["KeyCenterWarning", "MemoryUsage", "TurboQuantCache"]
+__all__ = ["KeyCenterWarning", "MemoryUsage", "TurboQuantCache", "cache_argument"]
 
 _MODULES = {
     "KeyCenterWarning": "tq_hf.layer",
     "MemoryUsage": "tq_hf.memory",
     "TurboQuantCache": "tq_hf.cache",
+    "cache_argument": "tq_hf.argument",
 }
 
 

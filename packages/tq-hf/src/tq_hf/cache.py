@@ -1,4 +1,4 @@
-"""``TurboQuantCache``: the cache that ``model.generate(past_key_values=…)`` takes."""
+"""``TurboQuantCache``: the cache that ``model.generate(cache=…)`` takes."""
 
 from __future__ import annotations
 
@@ -71,12 +71,12 @@ class TurboQuantCache(Cache):
 
     Examples
     --------
-    >>> from tq_hf import TurboQuantCache
+    >>> from tq_hf import TurboQuantCache, cache_argument
     >>> from tq_hf.models import load_model
     >>> model, tokenizer = load_model("tiny")
     >>> cache = TurboQuantCache(model.config, k_bits=4, v_bits=3)
     >>> prompt = tokenizer("def add(a, b):", return_tensors="pt")
-    >>> out = model.generate(prompt.input_ids, past_key_values=cache, max_new_tokens=8)
+    >>> out = model.generate(prompt.input_ids, **cache_argument(model, cache), max_new_tokens=8)
     >>> cache.get_seq_length()
     14
     """
