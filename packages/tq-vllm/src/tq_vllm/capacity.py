@@ -17,6 +17,8 @@ __all__ = ["CacheFormat", "ModelShape", "capacity", "formats", "read_config"]
 
 #: Architectures by the way their configurations name a cache that pages of codes cannot hold.
 _LATENT = ("kv_lora_rank", "multi-head latent attention (MLA)")
+#: More layers than any model has; a list of them still fits into memory.
+_MOST_LAYERS = 10_000
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
@@ -55,32 +57,47 @@ class ModelShape:
             one key and one value a token and head.
         """
         text = config.get("text_config") or config
+        if not isinstance(text, Mapping):
+            raise TQError(f"the configuration has text_config={text!r:.40}: needs an object")
         if text.get(_LATENT[0]):
             raise TQError(f"the model has {_LATENT[1]}: its cache is no keys and values by head")
 
-        def need(*names: str) -> int:
+        def given(name: str, limit: int = 2**31) -> int | None:
+            value = text.get(name)
+            if value is None:
+                return None
+            if type(value) is not int or not 1 <= value <= limit:
+                raise TQError(
+                    f"the configuration has {name}={value!r:.40}: needs an integer from 1 to {limit}"
+                )
+            return value
+
+        def need(*names: str, limit: int = 2**31) -> int:
             for name in names:
-                if isinstance(text.get(name), int):
-                    return int(text[name])
+                if (value := given(name, limit)) is not None:
+                    return value
             raise TQError(f"the configuration has none of {', '.join(names)}; is it a decoder's?")
 
-        total, heads = need("num_hidden_layers", "n_layer"), need("num_attention_heads", "n_head")
-        kv_heads = text.get("num_key_value_heads") or heads
-        head_dim = text.get("head_dim") or need("hidden_size", "n_embd") // heads
-        window = text.get("sliding_window")
+        total = need("num_hidden_layers", "n_layer", limit=_MOST_LAYERS)
+        heads = need("num_attention_heads", "n_head")
+        window = given("sliding_window")
         kinds = text.get("layer_types")
         if kinds is None:
             used = window is not None and text.get("use_sliding_window", True)
             kinds = [_SLIDING if used else _FULL] * total
+        if not isinstance(kinds, list) or len(kinds) != total:
+            raise TQError(f"the configuration has layer_types={kinds!r:.40}: needs one a layer")
         attention = [n for n, kind in enumerate(kinds) if kind in (_FULL, _SLIDING)]
+        if not attention:
+            raise TQError("the configuration has no layer of attention: there is no cache to plan")
         if _SLIDING in kinds and window is None:
             raise TQError("the configuration has sliding layers and no sliding_window")
         return cls(
             tuple(window if kinds[n] == _SLIDING else None for n in attention),
             tuple(attention),
             total,
-            int(kv_heads),
-            int(head_dim),
+            given("num_key_value_heads") or heads,
+            given("head_dim") or need("hidden_size", "n_embd") // heads,
             need("max_position_embeddings", "n_positions", "n_ctx"),
         )
 
@@ -229,7 +246,7 @@ def read_config(model: str) -> dict[str, Any]:
         path = Path(_download(model))
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise TQError(
             f"{path}: no configuration of a model ({error}); name its config.json"
         ) from None

@@ -54,6 +54,11 @@ def load_center(path: Path, number: int, impl: TurboQuantImpl) -> Tensor:
         raise TQError(
             f"TQ_KEY_CENTER={path}: no tensor {name!r} ({error}); run tq calibrate"
         ) from None
+    if center.dim() != 2 or not bool(torch.isfinite(center).all()):
+        raise TQError(
+            f"TQ_KEY_CENTER={path}: {name} has shape {tuple(center.shape)} or numbers that are not "
+            "finite: needs [kv_heads, head_dim]; run tq calibrate again"
+        )
     part = rank_heads(center, impl.num_kv_heads, get_tensor_model_parallel_rank(), ranks)
     if part.shape != (impl.num_kv_heads, impl.head_size) or center.shape[0] > part.shape[0] * ranks:
         raise TQError(

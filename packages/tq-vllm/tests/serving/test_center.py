@@ -78,6 +78,8 @@ def test_wrong_files_are_refused(start, biased, tmp_path):
         ({"key_center.0": torch.zeros(2, 64)}, "shape \\(2, 64\\).*2 KV heads of 128"),
         ({"key_center.0": torch.zeros(4, 128)}, "shape \\(4, 128\\)"),
         ({"key_center.1": torch.zeros(2, 128)}, "no tensor 'key_center.0'"),
+        ({"key_center.0": torch.tensor(0.0)}, "shape \\(\\)"),
+        ({"key_center.0": torch.full((2, 128), torch.nan)}, "not finite"),
     ):
         save_file(tensors, path)
         settings = K4V4 | {"TQ_KEY_CENTER": str(path)}

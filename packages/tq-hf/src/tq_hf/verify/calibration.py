@@ -138,6 +138,8 @@ def read_centers(path: str | os.PathLike[str]) -> dict[int, Tensor]:
         prefix, _, layer = name.rpartition(".")
         if prefix != "key_center" or not layer.isdecimal() or tensor.dim() != 2:
             raise TQError(f"{path} has {name!r}, which is no key center; run `tq calibrate`")
+        if not bool(torch.isfinite(tensor).all()):
+            raise TQError(f"{path} has numbers in {name!r} that are not finite; run `tq calibrate`")
         centers[int(layer)] = tensor.float()
     if not centers:
         raise TQError(f"{path} holds no key center; run `tq calibrate`")
