@@ -19,6 +19,7 @@ from tq_kernels.bench.candidates import (
     Call,
     Candidate,
     Prepared,
+    TurboQuant,
     distance,
     exact,
     store_inputs,
@@ -163,6 +164,32 @@ class Fa3(Candidate):
             return {"error": distance(out[last], exact(q[last], k, v, total - 64))}
 
         return Prepared(calls, check)
+
+
+class OnFa3(TurboQuant):
+    """Prefill of ours that leaves its 16-bit attention to FlashAttention 3, as in vLLM."""
+
+    name = "TurboQuant on FlashAttention 3"
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        torch.ops.load_library(str(folder() / "fa3.so"))
+
+    def covers(self, shape: Any) -> bool:
+        return isinstance(shape, Prefill)
+
+    @staticmethod
+    def dense(
+        q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, *,
+        causal: bool, softmax_scale: float, out: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """See :class:`tq_kernels.portable.dense.Dense`."""
+        result, lse, *_ = torch.ops._vllm_fa3_C.fwd(
+            q, k, v, None, None, None, out, cu_q, cu_k, None, None, None, max_q, max_k, None,
+            None, None, None, None, None, None, None, None, softmax_scale, causal, -1, -1, 0.0,
+            True, None, 0, None, 0, None, 1, 0, None,
+        )  # fmt: skip
+        return result, lse.transpose(0, 1)
 
 
 class Fa3Fp8(Fa3):
@@ -348,4 +375,4 @@ class Int4(Quantized):
         return call
 
 
-ALL: tuple[type[Candidate], ...] = (Fa3, Fa3Fp8, BuiltIn, Int4)
+ALL: tuple[type[Candidate], ...] = (Fa3, Fa3Fp8, BuiltIn, Int4, OnFa3)

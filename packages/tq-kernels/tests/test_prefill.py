@@ -133,18 +133,19 @@ def test_16_bits(dtype, codes_query_len):
     check(KVFormat(64), [40, 0], [3, 20], dtype, codes_query_len=codes_query_len)
 
 
-def dense_by_torch(calls, q, k, v, cu_q, cu_k, max_q, max_k, *, causal, softmax_scale):
+def dense_by_torch(calls, q, k, v, cu_q, cu_k, max_q, max_k, *, causal, softmax_scale, out=None):
     """A :class:`Dense` in float64 that notes what it was called with."""
     calls.append((max_q, max_k, causal))
     outs, sums = [], []
     for a, b, c, d in zip(cu_q[:-1], cu_q[1:], cu_k[:-1], cu_k[1:], strict=True):
         first = 0 if causal else int(d - c)
-        out, lse = attention_f64(
+        part, lse = attention_f64(
             q[a:b], k[c:d], v[c:d], first_position=first, softmax_scale=softmax_scale
         )
-        outs.append(out)
+        outs.append(part)
         sums.append(lse)
-    return torch.cat(outs).to(q.dtype), torch.cat(sums).float()
+    result = torch.cat(outs).to(q.dtype)
+    return result if out is None else out.copy_(result), torch.cat(sums).float()
 
 
 def test_given_dense_attention_serves_chunks_and_expanded_prefixes():
@@ -153,6 +154,13 @@ def test_given_dense_attention_serves_chunks_and_expanded_prefixes():
     check(KVFormat(64), [0, 70], [4, 5], torch.float32, codes_query_len=0, dense=dense,
           sinks=SINKS, key_center=torch.ones(2, 64))  # fmt: skip
     assert calls == [(5, 5, True), (5, 32, False), (5, 32, False), (5, 6, False)]
+
+
+def test_given_dense_attention_of_first_chunks_may_write_to_the_output():
+    calls: list[tuple[int, int, bool]] = []
+    dense = partial(dense_by_torch, calls)
+    check(KVFormat(64), [0, 0], [4, 5], torch.float32, codes_query_len=0, dense=dense)
+    assert calls == [(5, 5, True)]
 
 
 def test_given_dense_attention_is_not_asked_for_what_it_lacks():

@@ -38,8 +38,9 @@ def dense_attention(device: torch.device, head_dim: int) -> Dense | None:
         *,
         causal: bool,
         softmax_scale: float,
+        out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        out, lse = fa_utils.flash_attn_varlen_func(
+        result, lse = fa_utils.flash_attn_varlen_func(
             q=q,
             k=k,
             v=v,
@@ -51,7 +52,8 @@ def dense_attention(device: torch.device, head_dim: int) -> Dense | None:
             causal=causal,
             return_softmax_lse=True,
             fa_version=version,
+            out=out,
         )
-        return out, lse.transpose(0, 1).contiguous()
+        return result, lse.transpose(0, 1)
 
     return attend

@@ -17,7 +17,7 @@ def flash(monkeypatch):
 
     def varlen(
         *, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal,
-        return_softmax_lse, fa_version,
+        return_softmax_lse, fa_version, out,
     ):  # fmt: skip
         assert return_softmax_lse
         asked.append(fa_version)
@@ -29,10 +29,11 @@ def flash(monkeypatch):
             assert d - c <= max_seqlen_k
             parts = (x.transpose(0, 1)[None] for x in (q[a:b], k[c:d], v[c:d]))
             positions = torch.arange(int(b - a)) if causal else None
-            out, lse = attend_dense(*parts, softmax_scale=softmax_scale, query_positions=positions)
-            outs.append(out[0].transpose(0, 1))
+            part, lse = attend_dense(*parts, softmax_scale=softmax_scale, query_positions=positions)
+            outs.append(part[0].transpose(0, 1))
             sums.append(lse[0])
-        return torch.cat(outs), torch.cat(sums, dim=1)
+        result = torch.cat(outs)
+        return result if out is None else out.copy_(result), torch.cat(sums, dim=1)
 
     monkeypatch.setattr(fa_utils, "flash_attn_varlen_func", varlen, raising=False)
     monkeypatch.setattr(fa_utils, "is_flash_attn_varlen_func_available", lambda: True)
@@ -47,10 +48,11 @@ def test_outputs_and_sums_come_in_the_shape_that_prefill_takes(flash, causal) ->
     attend = dense_attention(torch.device("cuda"), 64)
     q, k, v = (torch.randn(12, heads, 64) for heads in (4, 2, 2))
     cu = torch.tensor([0, 5, 12], dtype=torch.int32)
-    out, lse = attend(q, k, v, cu, cu, 7, 7, causal=causal, softmax_scale=0.1)
+    place = torch.full_like(q, torch.nan)
+    out, lse = attend(q, k, v, cu, cu, 7, 7, causal=causal, softmax_scale=0.1, out=place)
+    assert out is place
     assert flash == [3]
     assert (out.shape, lse.shape) == (q.shape, (12, 4))
-    assert lse.is_contiguous()
     positions = torch.arange(7) if causal else None
     parts = (x[5:].transpose(0, 1)[None] for x in (q, k, v))
     want, sums = attend_dense(*parts, softmax_scale=0.1, query_positions=positions)

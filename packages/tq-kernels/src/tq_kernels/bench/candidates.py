@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from tq_kernels.decode_plan import DecodePlan
 from tq_kernels.ops.decode import decode_ref
 from tq_kernels.ops.dequantize import dequantize_ref
 from tq_kernels.ops.store import store, store_ref
+
+if TYPE_CHECKING:
+    from tq_kernels.portable.dense import Dense
 
 __all__ = [
     "Call",
@@ -119,6 +122,8 @@ class TurboQuant(Candidate):
     """The kernels of tq-kernels."""
 
     name = "TurboQuant"
+    #: Attention on 16-bit keys and values that prefill is given.
+    dense: Dense | None = None
 
     def bytes(self, shape: Decode | Store | Prefill) -> int:
         """See :class:`Candidate`."""
@@ -186,8 +191,9 @@ class TurboQuant(Candidate):
         fmt, out = shape.fmt, torch.full_like(q, float("nan"))
         lse = torch.full(q.shape[:2], float("nan"), device=self.device)
         plan = tq_kernels.PrefillPlan(
-            fmt, shape.heads, shape.kv_heads, 1, shape.tokens, q.dtype, self.device
-        )
+            fmt, shape.heads, shape.kv_heads, 1, shape.tokens, q.dtype, self.device,
+            dense=self.dense,
+        )  # fmt: skip
         lengths, contexts = [shape.tokens], [shape.context]
 
         def call(table: Tensor) -> Call:

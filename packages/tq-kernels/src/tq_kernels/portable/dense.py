@@ -37,6 +37,8 @@ class Dense(Protocol):
     causal : bool
         Query ``i`` sees keys up to ``i``; then ``cu_q`` equals ``cu_k``.
     softmax_scale : float
+    out : tensor like ``q``, optional
+        Where the result may go; what is returned counts.
 
     Returns
     -------
@@ -56,6 +58,7 @@ class Dense(Protocol):
         *,
         causal: bool,
         softmax_scale: float,
+        out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -242,8 +245,9 @@ def attend_flash(
     *,
     causal: bool,
     softmax_scale: float,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """PyTorch's flash attention; see :class:`Dense`."""
+    """PyTorch's flash attention; see :class:`Dense`. ``out`` is not written to."""
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
         q, k, v, cu_q, cu_k, max_q, max_k, 0.0, causal, False, scale=softmax_scale
     )
@@ -261,8 +265,9 @@ def attend_cudnn(
     *,
     causal: bool,
     softmax_scale: float,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of cuDNN for a batch of one sequence; see :class:`Dense`."""
+    """Attention of cuDNN for one sequence; see :class:`Dense`. ``out`` is not written to."""
     if len(cu_q) != 2:
         raise TQError(f"{len(cu_q) - 1} sequences: attend_cudnn takes one; use attend_flash")
     queries, keys, values = (t.transpose(0, 1)[None] for t in (q, k, v))

@@ -13,8 +13,9 @@ __all__ = ["merge_rows"]
 @triton.jit
 def merge_kernel(
     out, lse, out2, lse2, target, target_lse, sinks, rows_total, heads,
-    token_stride, head_stride, lse_stride, token_stride2, head_stride2, lse_stride2,
-    lse_head_stride2, target_token_stride, target_head_stride, target_lse_stride,
+    token_stride, head_stride, lse_stride, lse_head_stride,
+    token_stride2, head_stride2, lse_stride2, lse_head_stride2,
+    target_token_stride, target_head_stride, target_lse_stride,
     D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
     """Rows are (token, head); natural LSEs, -inf for an empty set."""
@@ -24,7 +25,7 @@ def merge_kernel(
     head = rows % heads
     dims = tl.arange(0, WIDTH)
     mask = inside[:, None] & (dims < D)[None, :]
-    a = tl.load(lse + token * lse_stride + head, mask=inside, other=0.0)
+    a = tl.load(lse + token * lse_stride + head * lse_head_stride, mask=inside, other=0.0)
     b = tl.load(lse2 + token * lse_stride2 + head * lse_head_stride2, mask=inside, other=0.0)
     top = tl.maximum(a, b)
     if SINKS:
@@ -68,14 +69,14 @@ def merge_rows(
     ----------
     out, out2, target : tensors [tokens, heads, head_dim], last dimension contiguous
     lse, lse2, target_lse : float32 tensors [tokens, heads]
-        All but ``lse2`` have a contiguous last dimension.
+        The last has a contiguous last dimension.
     sinks : float tensor [heads], optional
     """
     tokens, heads, dim = out.shape
     rows = tokens * heads
     merge_kernel[(-(-rows // 8),)](
         out, lse, out2, lse2, target, target_lse, lse if sinks is None else sinks, rows, heads,
-        out.stride(0), out.stride(1), lse.stride(0),
+        out.stride(0), out.stride(1), lse.stride(0), lse.stride(1),
         out2.stride(0), out2.stride(1), lse2.stride(0), lse2.stride(1),
         target.stride(0), target.stride(1), target_lse.stride(0),
         **merge_constants(dim, sinks is not None), num_warps=4,

@@ -38,6 +38,7 @@ from tq_kernels.portable.expand_pages import (
     value_order,
 )
 from tq_kernels.portable.merge import merge_constants, merge_kernel, merge_rows
+from tq_kernels.portable.rotate import rotate
 
 __all__ = ["PrefillPlan"]
 
@@ -86,7 +87,7 @@ class PrefillPlan:
         soft_cap: float | None = None,
         sliding_window: int | None = None,
         codes_query_len: int = 16,
-        scratch_tokens: int = 8192,
+        scratch_tokens: int = 16384,
         dense: Dense | None = None,
     ) -> None:
         self.spec = spec = AttentionSpec(
@@ -119,9 +120,7 @@ class PrefillPlan:
         # fp16 holds what is expanded more precisely than bf16.
         self._wide = torch.float32 if dtype == torch.float32 else torch.float16
         self._scratch = torch.empty(shape, dtype=self._wide, device=spec.device)
-        rotation = fmt.rotation_matrix("cpu", torch.float64)
-        self._forward = rotation[key_order(fmt)].T.to(spec.device, torch.float32).contiguous()
-        self._inverse = rotation[value_order(fmt)].to(spec.device, torch.float32).contiguous()
+        self._key_order, self._value_order = tuple(key_order(fmt)), tuple(value_order(fmt))
 
     def run(
         self,
@@ -192,14 +191,19 @@ class PrefillPlan:
         )
         if tokens == 0:
             return
-        new_out, new_lse = self._new_tokens(q, k, v, cu_query_lens, counts)
         stored = [n for n, count in enumerate(counts) if count and contexts[n]]
-        if not stored and sinks is None:
-            out.copy_(new_out)
+        alone = not stored and sinks is None
+        new_out, new_lse = self._new_tokens(q, k, v, cu_query_lens, counts, out if alone else None)
+        if alone:
+            if new_out is not out:
+                out.copy_(new_out)
             lse.copy_(new_lse)
             return
-        old_out = torch.zeros(q.shape, dtype=torch.float32, device=spec.device)
-        old_lse = torch.full((tokens, spec.heads), -torch.inf, device=spec.device)
+        old_out = torch.empty(q.shape, dtype=torch.float32, device=spec.device)
+        old_lse = torch.empty((tokens, spec.heads), device=spec.device)
+        if sum(counts[n] for n in stored) < tokens:
+            old_out.zero_()
+            old_lse.fill_(-torch.inf)
         starts = [0, *accumulate(counts)]
         few = [n for n in stored if self._codes is not None and counts[n] <= self._codes_query_len]
         if few:
@@ -237,14 +241,15 @@ class PrefillPlan:
         return counts, contexts
 
     def _new_tokens(
-        self, q: Tensor, k: Tensor, v: Tensor, cu: Tensor, counts: list[int]
+        self, q: Tensor, k: Tensor, v: Tensor, cu: Tensor, counts: list[int], out: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Causal attention of the new tokens on each other."""
+        """Causal attention of the new tokens on each other, in ``out`` if given and possible."""
         spec, longest = self.spec, max(counts)
         if self._dense is not None:
             return self._dense(
-                q, k, v, cu, cu, longest, longest, causal=True, softmax_scale=spec.scale
-            )
+                q, k, v, cu, cu, longest, longest,
+                causal=True, softmax_scale=spec.scale, out=out,
+            )  # fmt: skip
         return attend_triton(
             q,
             k,
@@ -310,14 +315,15 @@ class PrefillPlan:
         """Attention of one sequence on its prefix, expanded piece by piece, into its rows."""
         spec, device = self.spec, self.spec.device
         tokens = q.shape[0]
-        rotated = (q.float().flatten(0, 1) @ self._forward).view(q.shape).to(self._wide)
+        rotated = torch.empty(q.shape, dtype=self._wide, device=device)
+        rotate(q.flatten(0, 1), rotated.flatten(0, 1), spec.fmt, order=self._key_order)
         bias = None
         if key_center is not None:
             centers = key_center.float().repeat_interleave(spec.group, dim=0)
             bias = (q.float() * centers).sum(dim=-1) * spec.scale
         scratch_k, scratch_v = self._scratch.unbind()
         cu_q = _zero_and(tokens, device)
-        state = torch.zeros(q.shape, dtype=torch.float32, device=device)
+        state: tuple[Tensor, Tensor] | None = None
         start = 0
         if spec.sliding_window is not None:
             start = max(context - spec.sliding_window + 1, 0) // 4 * 4
@@ -339,11 +345,21 @@ class PrefillPlan:
                     sliding_window=spec.sliding_window, bias=bias if spec.soft_cap is not None else None,
                     out_dtype=torch.float32,
                 )  # fmt: skip
-            merge_rows(state, lse, part, part_lse, state, lse)
+            if state is None:
+                state = part, part_lse
+            else:
+                merge_rows(*state, part, part_lse, out, lse)
+                state = out, lse
             start += count
+        assert state is not None
+        if state[1] is not lse:
+            lse.copy_(state[1])
         if bias is not None and spec.soft_cap is None:
             lse += bias
-        torch.mm(state.flatten(0, 1), self._inverse, out=out.view(-1, out.shape[-1]))
+        rotate(
+            state[0].flatten(0, 1), out.flatten(0, 1), spec.fmt,
+            inverse=True, order=self._value_order,
+        )  # fmt: skip
 
 
 def _zero_and(count: int, device: torch.device) -> Tensor:

@@ -40,22 +40,35 @@ def _block(total: int, head_dim: int) -> int:
 
 
 @lru_cache(maxsize=256)
-def _parts(fmt: KVFormat, device: torch.device, inverse: bool, dtype: torch.dtype) -> RotationParts:
+def _parts(
+    fmt: KVFormat,
+    device: torch.device,
+    inverse: bool,
+    dtype: torch.dtype,
+    order: tuple[int, ...] | None = None,
+) -> RotationParts:
     """The matrix, with its columns padded to a power of two."""
-    parts = rotation_parts(fmt, device, inverse, dtype=dtype)
+    parts = rotation_parts(fmt, device, inverse, order, dtype)
     padding = triton.next_power_of_2(fmt.head_dim) - fmt.head_dim
     return RotationParts(torch.nn.functional.pad(parts.matrix, (0, padding)), parts.factor)
 
 
-def rotate(x: Tensor, out: Tensor, fmt: KVFormat, inverse: bool = False) -> None:
+def rotate(
+    x: Tensor,
+    out: Tensor,
+    fmt: KVFormat,
+    inverse: bool = False,
+    order: tuple[int, ...] | None = None,
+) -> None:
     """Launch the kernel on rows ``x`` [rows, head_dim] into ``out`` of the same shape, unchecked.
 
-    Both need stride 1 in the last dimension. Allocates nothing but constants.
+    Both need stride 1 in the last dimension; their dtypes may differ. ``order`` says which rotated
+    coordinate is where. Allocates nothing but constants.
     """
     total, dim = x.shape
     if total == 0:
         return
-    parts = _parts(fmt, x.device, inverse, x.dtype)
+    parts = _parts(fmt, x.device, inverse, x.dtype, order)
     block = _block(total, dim)
     rotate_kernel[(triton.cdiv(total, block),)](
         x, parts.matrix, out, total, parts.factor, x.stride(0), out.stride(0),
