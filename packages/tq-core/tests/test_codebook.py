@@ -295,8 +295,17 @@ def test_table_of_codes_equals_the_binary_search(
         expected = np.searchsorted(book.boundaries, y, side="right")
         np.testing.assert_array_equal(book.encode(y), expected)
     codes = book.encode(y)
-    for shape in ((-1, 1), (len(codes),)):
-        single = book.decode(codes.reshape(shape), np.float32)
-        np.testing.assert_array_equal(
-            single.ravel(), book.decode(codes).astype(np.float32), strict=True
-        )
+    for dtype in (np.float32, np.float64):
+        expected = book.centroids.astype(dtype)[codes]
+        for shape in ((-1, 1), (-1, 2), (len(codes),)):
+            some = codes[:-1] if shape == (-1, 2) and len(codes) % 2 else codes
+            decoded = book.decode(some.reshape(shape), dtype)
+            np.testing.assert_array_equal(decoded.ravel(), expected[: len(some)], strict=True)
+
+
+@pytest.mark.parametrize("codes", [[0, 8], [-1, 3], [[255, 0]]])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_codes_of_another_codebook_are_refused(codes: list, dtype: type) -> None:
+    kind = np.int64 if np.min(codes) < 0 else np.uint8
+    with pytest.raises(TQError, match="codes 0 to 7"):
+        lloyd_max(16, 3).decode(np.array(codes, kind), dtype)

@@ -93,13 +93,12 @@ class Codebook:
         return factor, np.roll(codes, 2**15)  # a negative integer is read as unsigned
 
     @cached_property
-    def _pairs(self) -> NDArray[np.complex64]:
-        """Centroids of two codes, read as one little-endian 16-bit number, as one 8-byte entry."""
+    def _pairs(self) -> dict[np.dtype[np.floating], NDArray[np.complexfloating]]:
+        """By dtype, the centroids of two codes, read as one little-endian 16-bit number, as one entry."""
         number = np.arange((self.size - 1) * 257 + 1)
-        table = np.zeros((len(number), 2), dtype=np.float32)
-        for i, code in enumerate((number & 255, number >> 8)):
-            table[:, i] = self.centroids[np.minimum(code, self.size - 1)]
-        return table.view(np.complex64).ravel()
+        codes = np.stack([number & 255, number >> 8], axis=1)
+        pairs = self.centroids[np.minimum(codes, self.size - 1)].view(np.complex128).ravel()
+        return {np.dtype(np.float64): pairs, np.dtype(np.float32): pairs.astype(np.complex64)}
 
     def encode(self, y: ArrayLike) -> NDArray[np.uint8]:
         """Codes (uint8) of coordinates ``y`` of unit vectors, same shape."""
@@ -128,12 +127,15 @@ class Codebook:
     def decode(self, codes: ArrayLike, dtype: DTypeLike = np.float64) -> NDArray[np.floating]:
         """Centroids of ``codes`` as float64 or float32, same shape."""
         codes = np.asarray(codes)
-        if np.dtype(dtype) == np.float32:
-            if codes.dtype == np.uint8 and codes.size and codes.shape[-1] % 2 == 0:
-                pairs = np.ascontiguousarray(codes).view("<u2")
-                return self._pairs.take(pairs).view(np.float32)
-            return np.asarray(self.centroids.astype(np.float32)[codes])
-        return np.asarray(self.centroids[codes], dtype=np.float64)
+        dtype = np.dtype(np.float32 if np.dtype(dtype) == np.float32 else np.float64)
+        if codes.size and (int(codes.min()) < 0 or int(codes.max()) >= self.size):
+            raise TQError(
+                f"codes from {codes.min()} to {codes.max()}: this codebook has codes 0 to "
+                f"{self.size - 1}; decode with the codebook that encoded them"
+            )
+        if codes.dtype == np.uint8 and codes.ndim and codes.size and codes.shape[-1] % 2 == 0:
+            return self._pairs[dtype].take(np.ascontiguousarray(codes).view("<u2")).view(dtype)
+        return np.asarray(self.centroids.astype(dtype)[codes])
 
 
 def _check(dim: float | None, bits: int) -> int | None:
