@@ -248,7 +248,7 @@ def test_largest_scale() -> None:
         (lambda: unpack_record(np.zeros(7, np.uint8), PageLayout(16, 2, 2)), "needs uint8"),
         (
             lambda: encode_record(np.zeros((8, 16)), np.zeros((16, 16)), PageLayout(16, 2, 2)),
-            "k_codes has shape",
+            "k has shape",
         ),
         (
             lambda: encode_record(

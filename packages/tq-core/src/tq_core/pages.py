@@ -326,52 +326,42 @@ def pack_record(
     return np.concatenate(parts, axis=-1)
 
 
-def unpack_record(
-    record: ArrayLike, layout: PageLayout
-) -> tuple[Bytes, Bytes, NDArray[np.float16], NDArray[np.float16]]:
-    """Codes and scales ``(k_codes, v_codes, k_scales, v_scales)`` of records [..., record_bytes]."""
+def _checked_record(record: ArrayLike, layout: PageLayout) -> Bytes:
     data = np.asarray(record)
     if data.dtype != np.uint8 or data.ndim == 0 or data.shape[-1] != layout.record_bytes:
         raise TQError(
             f"record of dtype {data.dtype} and shape {data.shape}: this layout needs uint8 "
             f"[..., {layout.record_bytes}]"
         )
+    return data
+
+
+def _scales(data: Bytes, layout: PageLayout, offset: int) -> NDArray[np.float16]:
+    part = np.ascontiguousarray(data[..., offset : offset + 2 * layout.page_size])
+    return part.view("<f2").astype(np.float16)
+
+
+def unpack_record(
+    record: ArrayLike, layout: PageLayout
+) -> tuple[Bytes, Bytes, NDArray[np.float16], NDArray[np.float16]]:
+    """Codes and scales ``(k_codes, v_codes, k_scales, v_scales)`` of records [..., record_bytes]."""
+    data = _checked_record(record, layout)
 
     def plane(p: Plane) -> Bytes:
         part = data[..., p.offset : p.offset + p.nbytes]
         return np.ascontiguousarray(part).reshape(*data.shape[:-1], p.rows, p.row_bytes)
 
-    def scales(offset: int) -> NDArray[np.float16]:
-        part = np.ascontiguousarray(data[..., offset : offset + 2 * layout.page_size])
-        return part.view("<f2").astype(np.float16)
-
     return (
         unpack_keys(tuple(map(plane, layout.k_planes)), layout.k_bits, layout.head_dim),
         unpack_values(tuple(map(plane, layout.v_planes)), layout.v_bits, layout.head_dim),
-        scales(layout.k_scale_offset),
-        scales(layout.v_scale_offset),
+        _scales(data, layout, layout.k_scale_offset),
+        _scales(data, layout, layout.v_scale_offset),
     )
 
 
 def page_codebook(head_dim: int, bits: int) -> Codebook:
     """Codebook of the page format: grid "int8" at 8 bits, "int7" below."""
     return lloyd_max(head_dim, _check_bits(bits), "int8" if bits == 8 else "int7")
-
-
-def _quantize(
-    x: ArrayLike, name: str, rotation: Rotation, codebook: Codebook, scale: str
-) -> tuple[Bytes, NDArray[np.floating]]:
-    array = as_vectors(x, rotation.dim, name)
-    lead = array.shape[:-1]
-    rows = array.reshape(math.prod(lead), rotation.dim)
-    codes = np.empty(rows.shape, dtype=np.uint8)
-    scales = np.empty(len(rows))
-    for part in chunks(len(rows), rotation.dim):
-        codes[part], scales[part] = encode_rows(rows[part], rotation, codebook, scale)
-    remedy = f"divide {name} by a constant and fold it into the weights"
-    return codes.reshape(array.shape), round_scales(
-        scales.reshape(lead), np.dtype(np.float16), remedy
-    )
 
 
 def encode_record(
@@ -404,13 +394,44 @@ def encode_record(
     """
     check_scale(scale)
     rotation = HadamardRotation(layout.head_dim) if rotation is None else rotation
-    k_codes, k_scales = _quantize(
-        k, "k", rotation, page_codebook(layout.head_dim, layout.k_bits), scale
-    )
-    v_codes, v_scales = _quantize(
-        v, "v", rotation, page_codebook(layout.head_dim, layout.v_bits), scale
-    )
-    return pack_record(k_codes, v_codes, k_scales, v_scales, layout)
+    page = (layout.page_size, layout.head_dim)
+    sides = []
+    for name, x in (("k", k), ("v", v)):
+        array = as_vectors(x, layout.head_dim, name, finite=False)
+        if array.ndim < 2 or array.shape[-2] != layout.page_size:
+            raise TQError(
+                f"{name} has shape {array.shape}: needs [..., {page[0]}, {page[1]}]; pad the page"
+            )
+        sides.append(array)
+    lead = sides[0].shape[:-2]
+    if sides[1].shape[:-2] != lead:
+        raise TQError(f"k has {lead} pages and v {sides[1].shape[:-2]}: needs the same")
+    records = np.empty((math.prod(lead), layout.record_bytes), dtype=np.uint8)
+    for name, array, bits, planes, pack, scales_at in (
+        ("k", sides[0], layout.k_bits, layout.k_planes, pack_keys, layout.k_scale_offset),
+        ("v", sides[1], layout.v_bits, layout.v_planes, pack_values, layout.v_scale_offset),
+    ):
+        pages = array.reshape(-1, *page)
+        scales = np.empty(pages.shape[:2])
+        for part in chunks(len(pages), math.prod(page)):
+            if not np.isfinite(pages[part]).all():
+                check_finite(array, name)  # names the index in the caller's shape
+            rows = pages[part].reshape(-1, layout.head_dim)
+            codes, own = encode_rows(rows, rotation, page_codebook(layout.head_dim, bits), scale)
+            scales[part] = own.reshape(-1, layout.page_size)
+            packed = pack(codes.reshape(-1, *page), bits)
+            for plane, data in zip(planes, packed, strict=True):
+                records[part, plane.offset : plane.offset + plane.nbytes] = data.reshape(
+                    len(data), -1
+                )
+        rounded = round_scales(
+            scales.reshape(*lead, layout.page_size),
+            np.dtype(np.float16),
+            f"divide {name} by a constant and fold it into the weights",
+        )
+        as_bytes = rounded.astype("<f2").reshape(scales.shape).view(np.uint8)
+        records[:, scales_at : scales_at + 2 * layout.page_size] = as_bytes
+    return records.reshape(*lead, layout.record_bytes)
 
 
 def decode_record(
@@ -425,12 +446,17 @@ def decode_record(
         decode to finite numbers.
     """
     rotation = HadamardRotation(layout.head_dim) if rotation is None else rotation
-    k_codes, v_codes, k_scales, v_scales = unpack_record(record, layout)
-    check_finite(k_scales, "k_scales of the record")
-    check_finite(v_scales, "v_scales of the record")
-    k = page_codebook(layout.head_dim, layout.k_bits).decode(k_codes)
-    v = page_codebook(layout.head_dim, layout.v_bits).decode(v_codes)
-    return (
-        rotation.inverse(k * k_scales.astype(np.float64)[..., None]),
-        rotation.inverse(v * v_scales.astype(np.float64)[..., None]),
-    )
+    data = _checked_record(record, layout)
+    for name, offset in (("k", layout.k_scale_offset), ("v", layout.v_scale_offset)):
+        check_finite(_scales(data, layout, offset), f"{name}_scales of the record")
+    flat = data.reshape(-1, layout.record_bytes)
+    page = (layout.page_size, layout.head_dim)
+    k, v = np.empty((2, len(flat), *page))
+    books = [page_codebook(layout.head_dim, bits) for bits in (layout.k_bits, layout.v_bits)]
+    for part in chunks(len(flat), math.prod(page)):
+        codes_and_scales = unpack_record(flat[part], layout)
+        for n, out in enumerate((k, v)):
+            unit = rotation.inverse(books[n].decode(codes_and_scales[n]))
+            out[part] = unit * codes_and_scales[2 + n].astype(np.float64)[..., None]
+    shape = (*data.shape[:-1], *page)
+    return k.reshape(shape), v.reshape(shape)

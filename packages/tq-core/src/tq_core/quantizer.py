@@ -450,9 +450,10 @@ class InnerProductQuantizer:
             )
         signs = encoded.signs.reshape(-1, encoded.signs.shape[-1])
         norms = encoded.residual_norms.reshape(-1).astype(np.float64)
-        out = np.zeros((len(norms), self.dim), dtype=dtype)
-        if self.stage is not None and encoded.mse is not None:
-            out[:] = self.stage.decode(encoded.mse, dtype).reshape(out.shape)
+        if self.stage is None or encoded.mse is None:
+            out = np.zeros((len(norms), self.dim), dtype=dtype)
+        else:
+            out = self.stage.decode(encoded.mse, dtype).reshape(len(norms), self.dim)
         for part in chunks(len(norms), self.dim):
             sign = 2.0 * unpack_bits(signs[part], 1, self.dim) - 1.0
             sketch = (sign @ self.sketch_matrix) * self.constant
