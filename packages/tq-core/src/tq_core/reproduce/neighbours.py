@@ -156,6 +156,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
                     )
         axes.set_xscale("log", base=2)
         axes.set(xlabel="k", title=name)
+        axes.set_xticks(KS, [str(k) for k in KS])
     panels[0].set_ylabel("recall of the best neighbour in k")
-    panels[0].legend(fontsize=7)
+    panels[0].legend(fontsize=7, title="4 bits; dashed: 2 bits", title_fontsize=7)
     save(fig, path)

@@ -90,5 +90,6 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         )
     axes.set(xlabel="dimension", ylabel="CPU µs a vector, training included")
     axes.set_title(f"Quantization time, {BITS} bits")
-    axes.legend()
+    axes.set_ylim(bottom=axes.get_ylim()[0] / 20)  # room for the legend
+    axes.legend(fontsize=8, loc="lower right")
     save(fig, path)
