@@ -183,7 +183,7 @@ class OnFa3(TurboQuant):
         q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, *,
         causal: bool, softmax_scale: float, out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """See :class:`tq_kernels.portable.dense.Dense`."""
+        """See `tq_kernels.portable.dense.Dense`."""
         result, lse, *_ = torch.ops._vllm_fa3_C.fwd(
             q, k, v, None, None, None, out, cu_q, cu_k, None, None, None, max_q, max_k, None,
             None, None, None, None, None, None, None, None, softmax_scale, causal, -1, -1, 0.0,

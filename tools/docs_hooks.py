@@ -50,6 +50,11 @@ def messages(path: Path) -> list[str]:
     return found
 
 
+def code(text: str) -> str:
+    """Markdown of code, which may have backticks of its own."""
+    return f"`` {text} ``" if "`" in text else f"`{text}`"
+
+
 def error_list() -> str:
     """Markdown: a heading for each package, a list entry for each message."""
     lines = []
@@ -58,7 +63,7 @@ def error_list() -> str:
         entries = []
         for path in sorted(source.rglob("*.py")):
             module = ".".join(path.relative_to(source).with_suffix("").parts)
-            entries += [f"- `{text}` ({module})" for text in messages(path)]
+            entries += [f"- {code(text)} ({module})" for text in messages(path)]
         lines += [f"### {package}", "", *dict.fromkeys(entries), ""]
     return "\n".join(lines)
 

@@ -134,7 +134,7 @@ def test_16_bits(dtype, codes_query_len):
 
 
 def dense_by_torch(calls, q, k, v, cu_q, cu_k, max_q, max_k, *, causal, softmax_scale, out=None):
-    """A :class:`Dense` in float64 that notes what it was called with."""
+    """A `Dense` in float64 that notes what it was called with."""
     calls.append((max_q, max_k, causal))
     outs, sums = [], []
     for a, b, c, d in zip(cu_q[:-1], cu_q[1:], cu_k[:-1], cu_k[1:], strict=True):

@@ -2,7 +2,7 @@
 
 ``lloyd_max`` solves the Lloyd-Max conditions with Newton's method on the centroid equations; every
 conditional mean is closed. With ``grid=...`` the centroids are confined to a scaled set of numbers
-that tensor cores multiply (see :mod:`tq_core.grid`).
+that tensor cores multiply (see `tq_core.grid`).
 """
 
 from __future__ import annotations

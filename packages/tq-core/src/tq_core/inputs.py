@@ -18,7 +18,7 @@ def as_vectors(
     """Finite real vectors [..., dim] of dtype float16, float32 or float64.
 
     Python numbers and lists become float64. ``finite=False`` leaves it to the caller to check that
-    values are finite (:func:`check_finite`).
+    values are finite (`check_finite`).
 
     Raises
     ------

@@ -98,18 +98,18 @@ class OutlierEncoded:
 
 
 class OutlierQuantizer:
-    """Two :class:`MSEQuantizer`, one for the outlier channels with one more bit.
+    """Two `MSEQuantizer`, one for the outlier channels with one more bit.
 
     Parameters
     ----------
     dim : int
         Coordinates a vector.
     channels : sequence of int
-        Outlier channels (see :func:`outlier_channels`), at least 2, leaving at least 2.
+        Outlier channels (see `outlier_channels`), at least 2, leaving at least 2.
     low_bits : int
         Bits of the other channels, 1 to 7.
     rotation, scale, seed, rounds, scale_dtype
-        As in :class:`MSEQuantizer`; scales are float16 by default.
+        As in `MSEQuantizer`; scales are float16 by default.
 
     Examples
     --------
@@ -194,7 +194,7 @@ class OutlierQuantizer:
         return (high.dim * high.bits + low.dim * low.bits) / self.dim
 
     def encode(self, x: ArrayLike) -> OutlierEncoded:
-        """Encode vectors [..., dim]; input rules and errors as in :meth:`MSEQuantizer.encode`."""
+        """Encode vectors [..., dim]; input rules and errors as in `MSEQuantizer.encode`."""
         array = as_vectors(x, self.dim)
         return OutlierEncoded(
             self.outliers.encode(array[..., self.channels]),

@@ -64,7 +64,7 @@ def _pack(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
 
 
 def _unpack(data: NDArray[np.uint8], bits: int, count: int) -> NDArray[np.uint8]:
-    """Invert :func:`_pack`."""
+    """Invert `_pack`."""
     groups = -(-count // 8)
     spread = np.zeros((len(data), groups, 8), dtype=np.uint8)
     spread[:, :, :bits] = _padded(data, groups * bits).reshape(len(data), groups, bits)
@@ -118,7 +118,7 @@ def pack_bits(codes: ArrayLike, bits: int) -> NDArray[np.uint8]:
 
 
 def unpack_bits(data: ArrayLike, bits: int, count: int) -> NDArray[np.uint8]:
-    """Invert :func:`pack_bits`.
+    """Invert `pack_bits`.
 
     Parameters
     ----------

@@ -170,7 +170,7 @@ def _pack_row(nibbles: Bytes, width: int, shift: int) -> Bytes:
 
 
 def _unpack_row(data: Bytes, width: int, count: int) -> Bytes:
-    """Invert :func:`_pack_row` for ``count`` nibble-words: fields [..., count, 8]."""
+    """Invert `_pack_row` for ``count`` nibble-words: fields [..., count, 8]."""
     whole = count // 4 * 4 if width == 1 else count
     size = whole * width
     packed = np.ascontiguousarray(data[..., :size]).view("<u4").astype(np.uint32)
@@ -231,7 +231,7 @@ def pack_keys(codes: ArrayLike, bits: int) -> tuple[Bytes, ...]:
 
 
 def unpack_keys(planes: tuple[Bytes, ...], bits: int, head_dim: int) -> Bytes:
-    """Invert :func:`pack_keys`: uint8 codes [..., tokens, head_dim]."""
+    """Invert `pack_keys`: uint8 codes [..., tokens, head_dim]."""
     _check_dim(head_dim)
     if _check_bits(bits) == 8:
         return planes[0].copy()
@@ -274,7 +274,7 @@ def pack_values(codes: ArrayLike, bits: int) -> tuple[Bytes, ...]:
 
 
 def unpack_values(planes: tuple[Bytes, ...], bits: int, head_dim: int) -> Bytes:
-    """Invert :func:`pack_values`: uint8 codes [..., tokens, head_dim]."""
+    """Invert `pack_values`: uint8 codes [..., tokens, head_dim]."""
     _check_dim(head_dim)
     *lead, rows, _ = planes[0].shape
     if _check_bits(bits) == 8:
@@ -381,7 +381,7 @@ def encode_record(
     layout : PageLayout
     rotation : Rotation, optional
         ``HadamardRotation(head_dim)`` if not given.
-    scale : {"mse", "norm", "unbiased", "none"}
+    scale : {"unbiased", "mse", "norm", "none"}
 
     Returns
     -------

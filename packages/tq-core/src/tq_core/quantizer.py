@@ -174,12 +174,12 @@ class MSEQuantizer:
     rounds : int
         Rounds of "hadamard".
     grid : {None, "int7", "int8", "e4m3"}
-        See :func:`tq_core.lloyd_max`.
+        See `tq_core.lloyd_max`.
     scale_dtype : dtype, optional
         Dtype of the scales: float16, float32 or float64. By default float64 for float64 input and
         float32 for the others. A scale too small for the dtype becomes 0 and so does its vector.
     compute_dtype : {"float64", "float32"}
-        Precision of :meth:`encode`. "float32" is about three times as fast with a Haar rotation;
+        Precision of `encode`. "float32" is about three times as fast with a Haar rotation;
         a coordinate within rounding of a boundary, about one in 10⁵, may get the neighbouring code.
 
     Examples
@@ -284,7 +284,7 @@ class MSEQuantizer:
 
 @dataclass(frozen=True, eq=False)
 class InnerProductEncoded:
-    """Codes of :class:`InnerProductQuantizer`.
+    """Codes of `InnerProductQuantizer`.
 
     Attributes
     ----------
@@ -349,7 +349,7 @@ class InnerProductQuantizer:
     bits : int
         1 to 9, the sign included.
     rotation, seed, rounds, scale_dtype
-        As in :class:`MSEQuantizer`. The sketch has its own seed, derived from ``seed``.
+        As in `MSEQuantizer`. The sketch has its own seed, derived from ``seed``.
     sketch : {"gaussian", "orthogonal"}
         Kind of S. "orthogonal" has the smaller variance.
 
@@ -408,7 +408,7 @@ class InnerProductQuantizer:
         return 1.0 / (self.dim * mean_magnitude)
 
     def encode(self, x: ArrayLike) -> InnerProductEncoded:
-        """Encode vectors [..., dim]; input rules and errors as in :meth:`MSEQuantizer.encode`."""
+        """Encode vectors [..., dim]; input rules and errors as in `MSEQuantizer.encode`."""
         array = as_vectors(x, self.dim)
         lead = array.shape[:-1]
         rows = array.reshape(math.prod(lead), self.dim)

@@ -124,7 +124,7 @@ class HaarRotation(Rotation):
     Notes
     -----
     Stewart's construction. Draw 0 of SplitMix64 gives the 1×1 matrix ``Q_1 = ±1`` (lowest bit 1
-    means -1); the draws from 1 on give standard normals (:func:`tq_core.splitmix.standard_normals`).
+    means -1); the draws from 1 on give standard normals (`tq_core.splitmix.standard_normals`).
     For m = 2 … dim the next m normals are ``x``, and ``Q_m = H diag(σ, Q_{m-1})`` with the
     Householder reflection H for which ``σ H e_0 = x / ‖x‖``. The first column is then uniform on
     the sphere and the rest a Haar matrix on its complement. Sums are taken by adding the last

@@ -1,8 +1,8 @@
 """Attention on a layer's codes, and its registration with transformers.
 
-``model.set_attn_implementation("turboquant")`` selects :func:`turboquant_attention`. Models with
+``model.set_attn_implementation("turboquant")`` selects `turboquant_attention`. Models with
 ``"sdpa"`` need no switch: the stand-ins that the cache returns answer the call of
-``scaled_dot_product_attention`` themselves (see :mod:`tq_hf.stand_in`).
+``scaled_dot_product_attention`` themselves (see `tq_hf.stand_in`).
 """
 
 from __future__ import annotations

@@ -148,7 +148,7 @@ def _contents(
 
 
 def _tensors(index: int, layer: Any) -> Iterator[tuple[str, Tensor]]:
-    """Name and data of every tensor of a layer, in the order of :func:`_contents`."""
+    """Name and data of every tensor of a layer, in the order of `_contents`."""
     if not isinstance(layer, CompressedLayer):
         yield f"{index}.head.k", layer.keys[..., :0, :]
         yield f"{index}.head.v", layer.values[..., :0, :]

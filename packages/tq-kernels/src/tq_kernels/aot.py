@@ -1,6 +1,6 @@
 """Compile kernels ahead of time, without a GPU, and report what they need of one.
 
-A module with kernels defines ``aot_variants() -> list[Variant]`` and is named in :data:`MODULES`.
+A module with kernels defines ``aot_variants() -> list[Variant]`` and is named in `MODULES`.
 A variant is a kernel with the types of its arguments and its constants::
 
     def aot_variants() -> list[Variant]:
@@ -20,7 +20,7 @@ to 16 bytes, and so do the integers named in ``aligned``. ``targets`` leaves out
 is not meant for; ``quick`` puts the variant into the subset that the tests compile. ``maxnreg`` is
 the launch option of that name, on NVIDIA; ``spills`` allows a kernel some bytes of stack.
 
-:func:`compile_variant` compiles one variant for one target and returns :class:`Resources`.
+`compile_variant` compiles one variant for one target and returns `Resources`.
 ``python -m tq_kernels.aot`` compiles all of them; it fails if a kernel spills more registers
 than its variant allows, which is none unless stated. Kernels cannot be compiled in a process with
 ``TRITON_INTERPRET=1``.
@@ -128,7 +128,7 @@ class Resources:
 
 
 def variants(match: str = "*", quick: bool = False) -> list[Variant]:
-    """All variants of :data:`MODULES` whose name matches; names carry that of their module."""
+    """All variants of `MODULES` whose name matches; names carry that of their module."""
     found = []
     for module in MODULES:
         short = module.removeprefix("tq_kernels.")
@@ -167,7 +167,7 @@ def _amd_usage(assembly: str) -> tuple[int, int]:
 
 
 def compile_variant(variant: Variant, target: str) -> Resources:
-    """Compile for one of :data:`TARGETS`; no GPU is needed."""
+    """Compile for one of `TARGETS`; no GPU is needed."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

@@ -249,7 +249,7 @@ def attend_dense(
     sliding_window: int | None = None,
     chunk: int = 4096,
 ) -> tuple[Tensor, Tensor]:
-    """Attention on plain keys and values, with the options and results of :func:`attend_codes`.
+    """Attention on plain keys and values, with the options and results of `attend_codes`.
 
     Parameters
     ----------

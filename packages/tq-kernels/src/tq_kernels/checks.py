@@ -49,7 +49,7 @@ def values_checked(tensor: Tensor | None = None) -> bool:
 
 
 def check_format(fmt: object) -> None:
-    """Raise unless ``fmt`` is a :class:`KVFormat`."""
+    """Raise unless ``fmt`` is a `KVFormat`."""
     if not isinstance(fmt, KVFormat):
         raise TQError(f"fmt is a {type(fmt).__name__}: pass a tq_kernels.KVFormat")
 

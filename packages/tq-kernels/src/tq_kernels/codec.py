@@ -1,7 +1,7 @@
 """Codes of a token as bytes, in eager torch (``docs/format.md``, 4 to 6).
 
 The bytes of one token in a plane of ``w`` bits hold ``8 / w`` codes each; which dimensions these
-are is a fixed table, :func:`field_dims`. Key rows store the bytes of a token consecutively, value
+are is a fixed table, `field_dims`. Key rows store the bytes of a token consecutively, value
 rows interleave those of four tokens, so byte ``i`` of token ``t`` of a quad is byte ``4 i + t``.
 """
 
@@ -75,7 +75,7 @@ def field_dims(kind: Kind, width: int, dim: int, device: torch.device | None = N
 
 @lru_cache(maxsize=256)
 def _places(kind: Kind, width: int, dim: int, device: torch.device) -> Tensor:
-    """Index of each dimension in the flattened fields: inverse of :func:`field_dims`."""
+    """Index of each dimension in the flattened fields: inverse of `field_dims`."""
     return torch.argsort(field_dims(kind, width, dim, device).flatten())
 
 
@@ -126,7 +126,7 @@ def pack_codes(codes: Tensor, bits: int, kind: Kind) -> tuple[Tensor, ...]:
 
 
 def unpack_codes(planes: tuple[Tensor, ...], bits: int, kind: Kind) -> Tensor:
-    """Invert :func:`pack_codes`: uint8 codes [..., head_dim]."""
+    """Invert `pack_codes`: uint8 codes [..., head_dim]."""
     _check(kind, bits)
     if len(planes) != len(PLANE_WIDTHS[bits]):
         raise TQError(

@@ -39,7 +39,7 @@ class DecodePlan:
         Of queries and outputs: fp16, bf16 or float32.
     device : torch.device or str
     softmax_scale, soft_cap, sliding_window
-        See :func:`decode_ref`.
+        See `decode_ref`.
 
     Attributes
     ----------
@@ -108,7 +108,7 @@ class DecodePlan:
         sinks: Tensor | None = None,
         key_center: Tensor | None = None,
     ) -> None:
-        """Attention of ``q`` on the pages into ``out`` and ``lse``; see :func:`decode_ref`.
+        """Attention of ``q`` on the pages into ``out`` and ``lse``; see `decode_ref`.
 
         Parameters
         ----------

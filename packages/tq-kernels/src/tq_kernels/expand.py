@@ -1,7 +1,7 @@
 """Bytes of codes to numbers by table lookup, four codes at a time.
 
 The numbers are ``centroid / step``, half-integers of at most 127.5 and so exact in every float
-type down to bf16. Their order is that of the fields of the bytes, :func:`field_order`: a dot
+type down to bf16. Their order is that of the fields of the bytes, `field_order`: a dot
 product does not care, if the query is permuted once.
 """
 
@@ -29,7 +29,7 @@ _FOUR = {
 
 @lru_cache(maxsize=256)
 def field_order(fmt: KVFormat, kind: Kind, device: torch.device) -> Tensor:
-    """Dimension at each place of :func:`expand`, int64 [head_dim]."""
+    """Dimension at each place of `expand`, int64 [head_dim]."""
     bits = fmt.k_bits if kind == "k" else fmt.v_bits
     return field_dims(kind, PLANE_WIDTHS[bits][0], fmt.head_dim, device).flatten()
 
@@ -92,7 +92,7 @@ def expand(planes: tuple[Tensor, ...], fmt: KVFormat, kind: Kind, dtype: torch.d
 
     Returns
     -------
-    tensor [..., head_dim] of ``dtype``, in the order of :func:`field_order`
+    tensor [..., head_dim] of ``dtype``, in the order of `field_order`
     """
     bits = fmt.k_bits if kind == "k" else fmt.v_bits
     if bits == 8:

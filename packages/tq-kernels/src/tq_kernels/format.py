@@ -48,7 +48,7 @@ class KVFormat:
         Rounds of the Hadamard rotation.
     seed : int
         Seed of the rotation, 0 to 2**64 - 1.
-    scale : {"mse", "norm", "unbiased", "none"}
+    scale : {"unbiased", "mse", "norm", "none"}
         What the stored scale is matched to.
 
     Raises

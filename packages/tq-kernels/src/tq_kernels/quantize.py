@@ -35,7 +35,7 @@ class TokenCodes:
     Attributes
     ----------
     planes : tuple of uint8 tensors [..., tokens, head_dim * width / 8]
-        See :func:`tq_kernels.codec.pack_codes`.
+        See `tq_kernels.codec.pack_codes`.
     scales : fp16 tensor [..., tokens]
     """
 
@@ -186,7 +186,7 @@ def quantize(x: Tensor, fmt: KVFormat, kind: Kind) -> tuple[Tensor, Tensor]:
 
 
 def encode_tokens(x: Tensor, fmt: KVFormat, kind: Kind) -> TokenCodes:
-    """Quantize and pack vectors [..., tokens, head_dim]; see :func:`quantize`."""
+    """Quantize and pack vectors [..., tokens, head_dim]; see `quantize`."""
     codes, scales = quantize(x, fmt, kind)
     bits = fmt.k_bits if kind == "k" else fmt.v_bits
     return TokenCodes(pack_codes(codes, bits, kind), scales)

@@ -1,7 +1,7 @@
 """TurboQuant for vLLM: an attention backend whose KV cache holds compressed pages.
 
 ``vllm serve MODEL --attention-backend CUSTOM`` uses it once the package is installed; settings are
-environment variables, see :mod:`tq_vllm.settings`. Importing or installing the package changes
+environment variables, see `tq_vllm.settings`. Importing or installing the package changes
 nothing else in vLLM.
 """
 

@@ -47,5 +47,5 @@ class OlderPages:
         head_size: int,
         cache_dtype_str: str = "auto",
     ) -> tuple[int, ...]:
-        """Pages, heads, tokens, bytes; ``head_size`` is that of :func:`older_spec`."""
+        """Pages, heads, tokens, bytes; ``head_size`` is that of `older_spec`."""
         return num_blocks, num_kv_heads, block_size, 2 * head_size

@@ -196,7 +196,7 @@ def _decode_plan(
 def _prefill_plan(
     shape: LayerShape, fmt: KVFormat, dtype: torch.dtype, device: torch.device
 ) -> tuple[PrefillPlan, Tensor]:
-    """As :func:`_decode_plan`."""
+    """As `_decode_plan`."""
     plan = tq_kernels.PrefillPlan(
         fmt,
         shape.heads,

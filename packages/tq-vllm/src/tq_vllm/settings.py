@@ -1,7 +1,7 @@
 """Settings of the backend, from the environment.
 
 ===================  ===============================================================
-``TQ_PRESET``        ``tq4`` (default) or another name of :mod:`tq_kernels.presets`
+``TQ_PRESET``        ``tq4`` (default) or another name of `tq_kernels.presets`
 ``TQ_K_BITS``        bits of a key coordinate: 2, 3, 4 or 8 (also ``TQ4_K_BITS``)
 ``TQ_V_BITS``        bits of a value coordinate (also ``TQ4_V_BITS``)
 ``TQ_SKIP_LAYERS``   layers kept at 16 bits, such as ``0,1,-2,-1``, ``0-3``, ``sliding``
@@ -16,7 +16,7 @@
 ``TQ_SEED``          seed of the rotation
 ``TQ_ROTATION``      ``hadamard`` (default) or ``haar``
 ``TQ_SCALE``         ``mse``, ``norm``, ``unbiased`` or ``none``; by default that of
-                     :class:`tq_kernels.KVFormat`
+                     `tq_kernels.KVFormat`
 ``TQ_CPU``           1 (default): on vLLM's CPU platform, take the place of its
                      attention; 0: leave it alone
 ===================  ===============================================================

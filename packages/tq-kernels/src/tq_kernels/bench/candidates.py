@@ -126,7 +126,7 @@ class TurboQuant(Candidate):
     dense: Dense | None = None
 
     def bytes(self, shape: Decode | Store | Prefill) -> int:
-        """See :class:`Candidate`."""
+        """See `Candidate`."""
         if isinstance(shape, Prefill):
             new = shape.tokens * shape.head_dim * (4 * shape.heads + 4 * shape.kv_heads)
             return new + shape.context * shape.kv_heads * shape.fmt.slot_bytes
@@ -140,7 +140,7 @@ class TurboQuant(Candidate):
         return self.pool.get(key, drawn, count)
 
     def decode(self, shape: Decode, copies: int) -> Prepared:
-        """See :class:`Candidate`."""
+        """See `Candidate`."""
         pages = self._pages(shape, copies * shape.batch * shape.pages)
         block_tables = tables(shape, copies, self.device)
         q, bounds, lengths = queries(shape, self.device)
@@ -185,7 +185,7 @@ class TurboQuant(Candidate):
         return Prepared({plan.kernels: calls}, check)
 
     def prefill(self, shape: Prefill, copies: int) -> Prepared:
-        """See :class:`Candidate`."""
+        """See `Candidate`."""
         q, k, v, block_tables, bounds, stored = prefill_inputs(shape, copies, self.device)
         pages = self._pages(shape, copies * block_tables[0].shape[1])
         fmt, out = shape.fmt, torch.full_like(q, float("nan"))
@@ -224,7 +224,7 @@ class TurboQuant(Candidate):
         return Prepared({LAUNCHED: calls, "in a graph": calls}, check)
 
     def store(self, shape: Store, copies: int) -> Prepared:
-        """See :class:`Candidate`."""
+        """See `Candidate`."""
         pages = self._pages(shape, copies * store_pages(shape))
         inputs, slots = store_inputs(shape, copies, self.device)
         fmt = shape.fmt

@@ -114,7 +114,7 @@ def _warps_per_sm(fmt: KVFormat, blocks: int) -> int:
 
 
 def partials_constants(spec: AttentionSpec, blocks: int, batch_block: int) -> dict[str, object]:
-    """Constants of :func:`decode_partials`, other than ``PDL``."""
+    """Constants of `decode_partials`, other than ``PDL``."""
     fmt = spec.fmt
     return {
         "K_BITS": fmt.k_bits,
@@ -129,7 +129,7 @@ def partials_constants(spec: AttentionSpec, blocks: int, batch_block: int) -> di
 
 
 class NvidiaDecodePlan:
-    """Buffers and launches of decode by the NVIDIA kernels; see :class:`tq_kernels.DecodePlan`.
+    """Buffers and launches of decode by the NVIDIA kernels; see `tq_kernels.DecodePlan`.
 
     ``run`` allocates nothing and reads lengths on the device: it can be captured in a CUDA graph,
     which stays right when lengths, tables and pages change.
@@ -141,7 +141,7 @@ class NvidiaDecodePlan:
     Raises
     ------
     TQError
-        If :func:`unsupported` names a reason.
+        If `unsupported` names a reason.
     """
 
     def __init__(self, spec: AttentionSpec) -> None:

@@ -266,15 +266,15 @@ def decode(
     sinks: Tensor | None = None,
     key_center: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`decode_ref` by Triton kernels: the same arguments and results.
+    """`decode_ref` by Triton kernels: the same arguments and results.
 
     It keeps the plans of the shapes seen last and allocates its results; with ``cu_query_lens`` it
-    waits for the device. Use :class:`tq_kernels.DecodePlan` where either matters.
+    waits for the device. Use `tq_kernels.DecodePlan` where either matters.
 
     Raises
     ------
     TQError
-        As :func:`decode_ref`; also for float64 and for a device that Triton cannot use.
+        As `decode_ref`; also for float64 and for a device that Triton cannot use.
     """
     check_attention(
         q,

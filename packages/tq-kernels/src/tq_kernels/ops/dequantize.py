@@ -92,7 +92,7 @@ def dequantize_ref(
 def dequantize(
     pages: Tensor, slots: Tensor, fmt: KVFormat, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
-    """Keys and values of slots, in one launch: the kernel for :func:`dequantize_ref`.
+    """Keys and values of slots, in one launch: the kernel for `dequantize_ref`.
 
     Parameters
     ----------

@@ -60,7 +60,7 @@ def prefill_ref(
         Stored tokens before the new ones; 0 for a first chunk.
     fmt : KVFormat
     softmax_scale, soft_cap, sliding_window, sinks, key_center
-        See :func:`decode_ref`. ``key_center`` applies to the stored keys only.
+        See `decode_ref`. ``key_center`` applies to the stored keys only.
 
     Returns
     -------
@@ -171,15 +171,15 @@ def prefill(
     sinks: Tensor | None = None,
     key_center: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`prefill_ref` by Triton kernels: the same arguments and results.
+    """`prefill_ref` by Triton kernels: the same arguments and results.
 
     It keeps the plans of the shapes seen last, waits for the device to read the lengths, and
-    allocates its results. Use :class:`tq_kernels.PrefillPlan` where any of these matters.
+    allocates its results. Use `tq_kernels.PrefillPlan` where any of these matters.
 
     Raises
     ------
     TQError
-        As :func:`prefill_ref`; also for float64 and for a device that Triton cannot use.
+        As `prefill_ref`; also for float64 and for a device that Triton cannot use.
 
     Notes
     -----

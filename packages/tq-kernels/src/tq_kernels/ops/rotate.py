@@ -116,7 +116,7 @@ def rotate_ref(x: Tensor, fmt: KVFormat, inverse: bool = False) -> Tensor:
 
 
 def rotate(x: Tensor, fmt: KVFormat, inverse: bool = False) -> Tensor:
-    """``R x`` for every vector, or ``Rᵀ x``, in one launch: the kernel for :func:`rotate_ref`.
+    """``R x`` for every vector, or ``Rᵀ x``, in one launch: the kernel for `rotate_ref`.
 
     Parameters
     ----------

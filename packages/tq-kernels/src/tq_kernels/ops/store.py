@@ -67,7 +67,7 @@ def store_ref(k: Tensor, v: Tensor, pages: Tensor, slot_mapping: Tensor, fmt: KV
 def store(k: Tensor, v: Tensor, pages: Tensor, slot_mapping: Tensor, fmt: KVFormat) -> None:
     """Quantize keys and values and write them to pages, in place, in one launch.
 
-    The kernel for :func:`store_ref`. After a first call for the format, dtype and device it
+    The kernel for `store_ref`. After a first call for the format, dtype and device it
     allocates nothing, and a CUDA graph may capture it.
 
     Parameters
@@ -88,7 +88,7 @@ def store(k: Tensor, v: Tensor, pages: Tensor, slot_mapping: Tensor, fmt: KVForm
 
     Notes
     -----
-    Codes are those of :func:`store_ref` but for coordinates of the unit vector within 2e-6 of a
+    Codes are those of `store_ref` but for coordinates of the unit vector within 2e-6 of a
     boundary; scales agree to one unit in the last place. Vectors whose largest magnitude is below
     1e-20 may get other codes; their scale is zero.
     """

@@ -23,7 +23,7 @@ from tq_kernels.quantize import codebook_of
 __all__ = ["PortableDecodePlan"]
 
 LOG2E = 1.4426950408889634
-#: Registers that a lane of :func:`attend_pages` may take.
+#: Registers that a lane of `attend_pages` may take.
 MOST_REGISTERS = 255
 #: Tiles a split has at least.
 LEAST_TILES = 2
@@ -65,7 +65,7 @@ def choose_tiling(spec: AttentionSpec) -> Tiling:
 
 
 def register_limit() -> dict[str, int]:
-    """Launch option of :func:`attend_pages` on NVIDIA.
+    """Launch option of `attend_pages` on NVIDIA.
 
     Left alone, ptxas keeps to fewer registers for more programs at a time, and spills for it.
     """
@@ -83,7 +83,7 @@ def choose_splits(spec: AttentionSpec, tiling: Tiling) -> int:
 
 
 def prepare_constants(fmt: KVFormat, center: bool) -> dict[str, Any]:
-    """Constants of :func:`prepare_queries`."""
+    """Constants of `prepare_queries`."""
     dim = fmt.head_dim
     return {
         "D": dim,
@@ -97,7 +97,7 @@ def prepare_constants(fmt: KVFormat, center: bool) -> dict[str, Any]:
 def attend_constants(
     spec: AttentionSpec, tiling: Tiling, center: bool, after: bool
 ) -> dict[str, Any]:
-    """Constants of :func:`attend_pages`."""
+    """Constants of `attend_pages`."""
     fmt = spec.fmt
     k_table, v_table = table_words(fmt.k_codebook), table_words(fmt.v_codebook)
     return {
@@ -122,14 +122,14 @@ def attend_constants(
 
 
 def merge_warps(dim: int) -> int:
-    """Warps of :func:`merge_partials`."""
+    """Warps of `merge_partials`."""
     return 2 if dim <= 128 else 4
 
 
 def merge_constants(
     spec: AttentionSpec, tiling: Tiling, sinks: bool, after: bool
 ) -> dict[str, Any]:
-    """Constants of :func:`merge_partials`."""
+    """Constants of `merge_partials`."""
     dim = spec.fmt.head_dim
     return {
         "D": dim,
@@ -244,7 +244,7 @@ class PortableDecodePlan:
         sinks: Tensor | None = None,
         key_center: Tensor | None = None,
     ) -> None:
-        """:meth:`run` without checks; ``out`` may have another float dtype than ``q``."""
+        """`run` without checks; ``out`` may have another float dtype than ``q``."""
         if q.shape[0] == 0 or seq_lens.shape[0] == 0:
             return
         cu = self._one_each if cu_query_lens is None else cu_query_lens

@@ -1,8 +1,8 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 """Attention of sequences of different lengths on plain keys and values, with the LSE.
 
-:func:`attend_flash` is PyTorch's flash attention, :func:`attend_cudnn` that of cuDNN, and
-:func:`attend_triton` a kernel for everything that they do not do: soft cap, sliding window,
+`attend_flash` is PyTorch's flash attention, `attend_cudnn` that of cuDNN, and
+`attend_triton` a kernel for everything that they do not do: soft cap, sliding window,
 float32, and queries that start at any position.
 """
 
@@ -169,7 +169,7 @@ def attend_triton(
     bias: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention as of :class:`Dense` for queries that start at positions ``offsets`` [batch].
+    """Attention as of `Dense` for queries that start at positions ``offsets`` [batch].
 
     Positions count from the first key of a sequence. ``bias`` float32 [tokens, heads] is added to
     the logits before the cap. ``out_dtype`` may be wider than that of ``q``.
@@ -220,7 +220,7 @@ def dense_constants(
     cap: bool,
     bias: bool,
 ) -> dict[str, object]:
-    """Constants of :func:`dense_kernel`."""
+    """Constants of `dense_kernel`."""
     return {
         "D": dim,
         "WIDTH": triton.next_power_of_2(dim),
@@ -247,7 +247,7 @@ def attend_flash(
     softmax_scale: float,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """PyTorch's flash attention; see :class:`Dense`. ``out`` is not written to."""
+    """PyTorch's flash attention; see `Dense`. ``out`` is not written to."""
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
         q, k, v, cu_q, cu_k, max_q, max_k, 0.0, causal, False, scale=softmax_scale
     )
@@ -267,7 +267,7 @@ def attend_cudnn(
     softmax_scale: float,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of cuDNN for one sequence; see :class:`Dense`. ``out`` is not written to."""
+    """Attention of cuDNN for one sequence; see `Dense`. ``out`` is not written to."""
     if len(cu_q) != 2:
         raise TQError(f"{len(cu_q) - 1} sequences: attend_cudnn takes one; use attend_flash")
     queries, keys, values = (t.transpose(0, 1)[None] for t in (q, k, v))

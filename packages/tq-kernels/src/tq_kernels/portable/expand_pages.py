@@ -74,7 +74,7 @@ def expand_kernel(
 
 
 def expand_constants(fmt: KVFormat) -> dict[str, int]:
-    """Constants of :func:`expand_kernel`."""
+    """Constants of `expand_kernel`."""
     k_table, v_table = table_words(fmt.k_codebook), table_words(fmt.v_codebook)
     return {
         "D": fmt.head_dim,
@@ -103,7 +103,7 @@ def expand_pages(
     start : int
         A multiple of 4.
     k, v : contiguous fp16 or float32 tensors [tokens, kv_heads, head_dim]
-        Rotated, in the order of :func:`key_order` and :func:`value_order`.
+        Rotated, in the order of `key_order` and `value_order`.
     fmt : KVFormat
     """
     tokens, kv_heads, _ = k.shape

@@ -4,7 +4,7 @@
 A tile holds the codes of one token a row, ordered *by field*: with ``F`` codes a byte and ``n``
 bytes, padded to a power of two, column ``f n + i`` holds field ``f`` of byte ``i``. Bytes then form
 by combining the two halves of the columns, one bit of ``f`` at a time, which on tensor-core layouts
-stays inside a lane. The rotation matrix has its coordinates in this order (:func:`column_order`),
+stays inside a lane. The rotation matrix has its coordinates in this order (`column_order`),
 so nothing is ever permuted.
 
 3 bits have a byte of the second plane for two of the first. Its fields decide the order: bit 2 of
@@ -44,7 +44,7 @@ def _halves(x):
 
 @triton.jit
 def _join_halves(first, second):
-    """Invert :func:`_halves`."""
+    """Invert `_halves`."""
     pairs = tl.permute(tl.join(first, second), (0, 2, 1))
     return tl.reshape(pairs, (first.shape[0], 2 * first.shape[1]))
 
@@ -148,7 +148,7 @@ def store_codes(codes, low, high, mask, D: tl.constexpr, BITS: tl.constexpr, KEY
 def load_codes(
     low, high, mask, N: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Invert :func:`store_codes`: codes int32 [block, N], zero where nothing is stored."""
+    """Invert `store_codes`: codes int32 [block, N], zero where nothing is stored."""
     if BITS == 3:
         i = tl.arange(0, N // 8)
         known = i < D // 8

@@ -50,7 +50,7 @@ def merge_kernel(
 
 
 def merge_constants(dim: int, sinks: bool) -> dict[str, int | bool]:
-    """Constants of :func:`merge_kernel`."""
+    """Constants of `merge_kernel`."""
     return {"D": dim, "WIDTH": triton.next_power_of_2(dim), "ROWS": 8, "SINKS": sinks}
 
 

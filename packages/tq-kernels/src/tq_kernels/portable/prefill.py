@@ -53,11 +53,11 @@ class PrefillPlan:
     Parameters
     ----------
     fmt, heads, kv_heads, max_batch, dtype, device
-        See :class:`tq_kernels.plan.AttentionSpec`.
+        See `tq_kernels.plan.AttentionSpec`.
     max_tokens : int
         Most new tokens of a run, all sequences together.
     softmax_scale, soft_cap, sliding_window
-        See :class:`tq_kernels.plan.AttentionSpec`.
+        See `tq_kernels.plan.AttentionSpec`.
     codes_query_len : int
         Sequences of at most this many new tokens read their prefix as codes.
     scratch_tokens : int
@@ -139,7 +139,7 @@ class PrefillPlan:
         sinks: Tensor | None = None,
         key_center: Tensor | None = None,
     ) -> None:
-        """Attention into ``out`` and ``lse``; see :func:`tq_kernels.prefill_ref`.
+        """Attention into ``out`` and ``lse``; see `tq_kernels.prefill_ref`.
 
         Parameters
         ----------

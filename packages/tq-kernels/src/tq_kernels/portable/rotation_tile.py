@@ -86,7 +86,7 @@ def rotation_parts(
 
 
 def step_width(dim: int) -> int:
-    """Coordinates of the vectors that :func:`rotate_rows` takes at a time."""
+    """Coordinates of the vectors that `rotate_rows` takes at a time."""
     lowest = dim & -dim
     if lowest == dim:
         return dim if dim <= 128 else 64

@@ -213,7 +213,7 @@ def store(
     fmt: KVFormat,
     shape: StoreShape | None = None,
 ) -> None:
-    """Launch the kernel; arguments as of :func:`tq_kernels.store`, unchecked.
+    """Launch the kernel; arguments as of `tq_kernels.store`, unchecked.
 
     Allocates nothing but constants, once for each format and device, so that the second call may
     be captured in a CUDA graph.

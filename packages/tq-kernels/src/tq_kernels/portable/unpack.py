@@ -86,7 +86,7 @@ def key_words(
 
     Returns
     -------
-    int32 words for :func:`number`
+    int32 words for `number`
     """
     if BITS == 8:
         return _word(record + token * D + 4 * n, mask)
@@ -107,7 +107,7 @@ def value_words(
     record, quad, n, mask, PARITY: tl.constexpr,
     BITS: tl.constexpr, K_BITS: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
-    """Words of values: nibble-word ``n`` of a quad of the page; see :func:`key_words`.
+    """Words of values: nibble-word ``n`` of a quad of the page; see `key_words`.
 
     With 8 bits there is no nibble-word: the word is that of dimension ``2 n + PARITY``.
     """
@@ -149,7 +149,7 @@ def _pick(code, low, high):
 def number(words, FIELD: tl.constexpr, BITS: tl.constexpr, T0: tl.constexpr, T1: tl.constexpr):
     """``centroid / step`` of field ``FIELD`` of words, fp16: a nibble, or a byte if 8 bits.
 
-    ``T0`` and ``T1`` come from :func:`table_words`.
+    ``T0`` and ``T1`` come from `table_words`.
     """
     if BITS == 8:
         # 256 + level as fp16
