@@ -25,7 +25,7 @@ KEPT = (
 
 def load() -> None:
     """Import what loads need, so that it takes no time of theirs."""
-    import tq_hf.models
+    import tq_hf.models  # noqa: F401
     import vllm.benchmarks.serve  # noqa: F401
 
 

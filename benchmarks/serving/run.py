@@ -66,7 +66,7 @@ def tokens_at_16_bits(model: Path, memory: int) -> int:
     """Tokens whose keys and values take so many bytes."""
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     numbers = 2 * config["num_key_value_heads"] * config["head_dim"]
-    return memory // (2 * numbers * config["num_hidden_layers"])
+    return int(memory // (2 * numbers * config["num_hidden_layers"]))
 
 
 class Clock:
