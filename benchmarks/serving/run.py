@@ -158,7 +158,7 @@ def run_on(
             if problem:
                 raise Failure(problem)
             seconds = clock.within(arguments.scenario_limit)
-            log = running.log.with_suffix(".client.log")
+            log = running.log.with_name("client.log")
             row |= measure(running, name, scenario, models, model, memory, seconds, log)
             say(f"{variant}: {name} took {row['seconds']} s")
         except Failure as failure:
