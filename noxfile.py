@@ -318,8 +318,12 @@ def build(session: nox.Session) -> None:
         session.run("python", "-m", "venv", empty)
         python = str(Path(empty) / ("Scripts" if os.name == "nt" else "bin") / "python")
         (wheel,) = dist.glob(f"{name.replace('-', '_')}-*.whl")
-        pip = (python, "-m", "pip", "install", "-q", "-c", CONSTRAINTS, "--find-links", str(dist))
-        session.run(*pip, str(wheel), external=True)
+        pip = (python, "-m", "pip", "install")
+        if session.venv_backend == "uv":  # which can take torch's build for the CPU
+            pip = ("uv", "pip", "install", "--python", python)
+        options = ("-q", "-c", CONSTRAINTS, "--find-links", str(dist))
+        session.run(*pip, *options, str(wheel), external=True)
         session.run(python, check, str(wheel), external=True)
+        shutil.rmtree(empty)
     for folder in session.posargs:
         shutil.copytree(dist, folder, dirs_exist_ok=True)
