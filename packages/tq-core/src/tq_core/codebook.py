@@ -51,8 +51,6 @@ class Codebook:
         Mean squared error of a unit vector: ``dim`` times that of a coordinate.
     entropy : float
         Entropy of the codes in bits.
-    converged : bool
-        Always true: a solver that does not converge raises.
     levels : int64 array [2**bits] or None
         Integer levels on the grids "int7" (``step * (level - 63.5)``) and "int8"
         (``step * (level - 127.5)``).
@@ -68,7 +66,6 @@ class Codebook:
     boundaries: Float
     mse: float
     entropy: float
-    converged: bool
     levels: NDArray[np.int64] | None = None
     step: float | None = None
 
@@ -211,9 +208,7 @@ def _build(
     for array in (centroids, boundaries, levels):
         if array is not None:
             array.setflags(write=False)
-    return Codebook(
-        dim, bits, grid, centroids, boundaries, mse, entropy, True, levels=levels, step=step
-    )
+    return Codebook(dim, bits, grid, centroids, boundaries, mse, entropy, levels=levels, step=step)
 
 
 @lru_cache(maxsize=256)

@@ -1,12 +1,11 @@
-r"""Law of one coordinate of a uniformly random unit vector, and its Gaussian limit.
+"""Law of one coordinate of a uniformly random unit vector, and its Gaussian limit.
 
-For :math:`x` uniform on the sphere :math:`S^{d-1}` a coordinate has the density
+For x uniform on the unit sphere of d dimensions a coordinate has the density
 
-.. math:: f(x) = K (1 - x^2)^{(d-3)/2}, \quad
-          K = \frac{\Gamma(d/2)}{\sqrt{\pi}\,\Gamma((d-1)/2)}, \quad -1 \le x \le 1,
+    f(x) = K (1 - x²)^((d - 3) / 2),   K = Γ(d/2) / (√π Γ((d - 1)/2)),   -1 ≤ x ≤ 1,
 
-a scaled Beta law; :math:`\sqrt{d}\,x` tends to a standard normal. All partial moments up to the
-second are closed, so that nothing here is integrated numerically.
+a scaled Beta law; √d x tends to a standard normal. All partial moments up to the second are closed,
+so that nothing here is integrated numerically.
 """
 
 from __future__ import annotations

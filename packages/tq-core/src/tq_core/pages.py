@@ -37,7 +37,8 @@ __all__ = [
 Bytes = NDArray[np.uint8]
 
 PAGE_BITS = (2, 3, 4, 8)
-_WIDTHS = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
+# By the bits of a code: the width of each plane, and the position of its lowest bit in the code.
+_PLANES = {2: ((2, 0),), 3: ((2, 0), (1, 2)), 4: ((4, 0),), 8: ((8, 0),)}
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Plane:
 
 
 def _check_bits(bits: int, name: str = "bits") -> int:
-    if bits not in _WIDTHS:
+    if bits not in _PLANES:
         raise TQError(f"{name}={bits}: pages take {', '.join(map(str, PAGE_BITS))} bits")
     return int(bits)
 
@@ -113,11 +114,10 @@ class PageLayout:
         return self.page_size * self.slot_bytes
 
     def _planes(self, bits: int, offset: int, rows: int, codes: int) -> tuple[Plane, ...]:
-        planes, shift = [], 0
-        for width in _WIDTHS[bits]:
+        planes = []
+        for width, shift in _PLANES[bits]:
             planes.append(Plane(width, shift, offset, rows, codes * width // 8))
             offset += planes[-1].nbytes
-            shift += width
         return tuple(planes)
 
     @cached_property
@@ -188,6 +188,15 @@ def _unpack_row(data: Bytes, width: int, count: int) -> Bytes:
     return ((words[..., None] >> shifts) & np.uint32(2**width - 1)).astype(np.uint8)
 
 
+def _unpack_planes(planes: tuple[Bytes, ...], bits: int, count: int) -> Bytes:
+    """Codes [..., count, 8] of ``count`` nibble-words a row."""
+    parts = [
+        _unpack_row(plane, width, count) << np.uint8(shift)
+        for (width, shift), plane in zip(_PLANES[bits], planes, strict=True)
+    ]
+    return np.asarray(np.bitwise_or.reduce(parts), dtype=np.uint8)
+
+
 def _check_codes(codes: ArrayLike, bits: int) -> Bytes:
     array = np.asarray(codes)
     if array.ndim < 2 or array.dtype.kind not in "iu":
@@ -223,11 +232,7 @@ def pack_keys(codes: ArrayLike, bits: int) -> tuple[Bytes, ...]:
     if bits == 8:
         return (array,)
     nibbles = array.reshape(*array.shape[:-1], array.shape[-1] // 8, 8)
-    planes, shift = [], 0
-    for width in _WIDTHS[bits]:
-        planes.append(_pack_row(nibbles, width, shift))
-        shift += width
-    return tuple(planes)
+    return tuple(_pack_row(nibbles, width, shift) for width, shift in _PLANES[bits])
 
 
 def unpack_keys(planes: tuple[Bytes, ...], bits: int, head_dim: int) -> Bytes:
@@ -235,10 +240,7 @@ def unpack_keys(planes: tuple[Bytes, ...], bits: int, head_dim: int) -> Bytes:
     _check_dim(head_dim)
     if _check_bits(bits) == 8:
         return planes[0].copy()
-    codes, shift = np.zeros((1,), dtype=np.uint8), 0
-    for width, plane in zip(_WIDTHS[bits], planes, strict=True):
-        codes = codes | _unpack_row(plane, width, head_dim // 8) << np.uint8(shift)
-        shift += width
+    codes = _unpack_planes(planes, bits, head_dim // 8)
     return codes.reshape(*planes[0].shape[:-1], head_dim)
 
 
@@ -266,11 +268,7 @@ def pack_values(codes: ArrayLike, bits: int) -> tuple[Bytes, ...]:
         return (np.ascontiguousarray(quads.swapaxes(-1, -2)).reshape(*lead, tokens // 4, 4 * dim),)
     pairs = quads.reshape(*lead, tokens // 4, 4, dim // 2, 2).swapaxes(-2, -3)
     nibbles = pairs.reshape(*lead, tokens // 4, dim // 2, 8)
-    planes, shift = [], 0
-    for width in _WIDTHS[bits]:
-        planes.append(_pack_row(nibbles, width, shift))
-        shift += width
-    return tuple(planes)
+    return tuple(_pack_row(nibbles, width, shift) for width, shift in _PLANES[bits])
 
 
 def unpack_values(planes: tuple[Bytes, ...], bits: int, head_dim: int) -> Bytes:
@@ -280,10 +278,7 @@ def unpack_values(planes: tuple[Bytes, ...], bits: int, head_dim: int) -> Bytes:
     if _check_bits(bits) == 8:
         quads = planes[0].reshape(*lead, rows, head_dim, 4).swapaxes(-1, -2)
         return np.ascontiguousarray(quads).reshape(*lead, 4 * rows, head_dim)
-    nibbles, shift = np.zeros((1,), dtype=np.uint8), 0
-    for width, plane in zip(_WIDTHS[bits], planes, strict=True):
-        nibbles = nibbles | _unpack_row(plane, width, head_dim // 2) << np.uint8(shift)
-        shift += width
+    nibbles = _unpack_planes(planes, bits, head_dim // 2)
     pairs = nibbles.reshape(*lead, rows, head_dim // 2, 4, 2).swapaxes(-2, -3)
     return pairs.reshape(*lead, 4 * rows, head_dim)
 

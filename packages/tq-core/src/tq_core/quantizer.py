@@ -332,15 +332,15 @@ def _gaussian_sketch(dim: int, seed: int) -> Float:
 
 
 class InnerProductQuantizer:
-    r"""The paper's unbiased quantizer: ``bits - 1`` bits of least error, then a sign sketch.
+    """The paper's unbiased quantizer: ``bits - 1`` bits of least error, then a sign sketch.
 
-    With the residual r of the first stage, :math:`\gamma = \|r\|` and a sketch matrix S, the decoded
-    vector is :math:`\tilde x_{mse} + c\,\gamma\,S^T \mathrm{sign}(S r)`. The constant c makes it
+    With the decoded vector x̃ of the first stage, its residual r = x - x̃ and a sketch matrix S, the
+    decoded vector is ``x̃ + c ‖r‖ Sᵀ sign(S r)``. The constant c makes it
     unbiased over S:
 
-    - Gaussian S (independent standard normals): :math:`c = \sqrt{\pi/2} / d`;
-    - orthogonal S (Haar): :math:`c = 1 / (d\,E|X|)` with X a coordinate of a uniform unit vector,
-      which tends to :math:`\sqrt{\pi/2} / \sqrt{d}`.
+    - Gaussian S (independent standard normals): ``c = √(π/2) / d``;
+    - orthogonal S (Haar): ``c = 1 / (d E|X|)`` with X a coordinate of a uniform unit vector, which
+      tends to ``√(π/2) / √d``.
 
     Parameters
     ----------

@@ -23,7 +23,6 @@ __all__ = ["METHODS", "draw", "have_faiss", "measure", "recall"]
 Single = NDArray[np.float32]
 Built = tuple[Callable[[], Single], int]  # decodes all vectors; bytes held
 KS = (1, 2, 4, 8, 16, 32, 64)
-_COMPUTE = np.float32
 
 
 def _faiss() -> Any:
@@ -31,15 +30,15 @@ def _faiss() -> Any:
 
 
 def _turboquant(x: Single, bits: int) -> Built:
-    quantizer = MSEQuantizer(x.shape[1], bits, "hadamard", "unbiased", compute_dtype=_COMPUTE)
+    quantizer = MSEQuantizer(x.shape[1], bits, "hadamard", "unbiased", compute_dtype=np.float32)
     encoded = quantizer.encode(x)
-    return lambda: quantizer.decode(encoded, np.float32).astype(np.float32), encoded.nbytes
+    return lambda: np.asarray(quantizer.decode(encoded, np.float32), np.float32), encoded.nbytes
 
 
 def _with_sketch(x: Single, bits: int) -> Built:
     quantizer = InnerProductQuantizer(x.shape[1], bits, "hadamard")
     encoded = quantizer.encode(x)
-    return lambda: quantizer.decode(encoded, np.float32).astype(np.float32), encoded.nbytes
+    return lambda: np.asarray(quantizer.decode(encoded, np.float32), np.float32), encoded.nbytes
 
 
 def _rabitq(x: Single, bits: int) -> Built:
