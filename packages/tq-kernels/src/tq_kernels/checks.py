@@ -17,6 +17,7 @@ __all__ = [
     "check_format",
     "check_pages",
     "check_range",
+    "check_softmax",
     "check_tensor",
     "debug_mode",
     "values_checked",
@@ -78,6 +79,18 @@ def check_tensor(
         )
     if device is not None and tensor.device != device:
         raise TQError(f"{name} is on {tensor.device}: needs {device}; move it with .to({device})")
+
+
+def check_softmax(
+    softmax_scale: float | None, soft_cap: float | None, sliding_window: int | None
+) -> None:
+    """Raise unless the numbers that all attention takes are positive, or None."""
+    if softmax_scale is not None and not 0 < softmax_scale < float("inf"):
+        raise TQError(f"softmax_scale={softmax_scale}: needs a positive number, or None")
+    if soft_cap is not None and not 0 < soft_cap < float("inf"):
+        raise TQError(f"soft_cap={soft_cap}: needs a positive number, or None for no cap")
+    if sliding_window is not None and sliding_window < 1:
+        raise TQError(f"sliding_window={sliding_window}: needs at least 1, or None for no window")
 
 
 def check_pages(pages: Tensor, fmt: KVFormat, kv_heads: int | None, device: torch.device) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from tq_core import TQError
 
-from tq_kernels.checks import FLOATS, check_format, check_pages, check_tensor
+from tq_kernels.checks import FLOATS, check_format, check_pages, check_softmax, check_tensor
 from tq_kernels.format import KVFormat
 
 __all__ = ["AttentionSpec"]
@@ -71,13 +71,7 @@ class AttentionSpec:
                 f"dtype={self.dtype}: kernels take float16, bfloat16 or float32; use the _ref "
                 "operation for others"
             )
-        if self.softmax_scale is not None and not 0 < self.softmax_scale < float("inf"):
-            raise TQError(f"softmax_scale={self.softmax_scale}: needs a positive number, or None")
-        if self.soft_cap is not None and not 0 < self.soft_cap < float("inf"):
-            raise TQError(f"soft_cap={self.soft_cap}: needs a positive number, or None for no cap")
-        window = self.sliding_window
-        if window is not None and window < 1:
-            raise TQError(f"sliding_window={window}: needs at least 1, or None for no window")
+        check_softmax(self.softmax_scale, self.soft_cap, self.sliding_window)
 
     @property
     def group(self) -> int:

@@ -17,6 +17,7 @@ from tq_kernels.checks import (
     check_format,
     check_pages,
     check_range,
+    check_softmax,
     check_tensor,
     values_checked,
 )
@@ -58,12 +59,7 @@ def check_attention(
             f"heads={heads} of q is no multiple of kv_heads={kv_heads} of pages; pass the "
             "numbers of the model"
         )
-    if softmax_scale is not None and not 0 < softmax_scale < float("inf"):
-        raise TQError(f"softmax_scale={softmax_scale}: needs a positive number, or None")
-    if soft_cap is not None and not 0 < soft_cap < float("inf"):
-        raise TQError(f"soft_cap={soft_cap}: needs a positive number, or None for no cap")
-    if sliding_window is not None and sliding_window < 1:
-        raise TQError(f"sliding_window={sliding_window}: needs at least 1, or None for no window")
+    check_softmax(softmax_scale, soft_cap, sliding_window)
     if sinks is not None:
         check_tensor("sinks", sinks, (heads,), FLOATS, q.device)
     if key_center is not None:
