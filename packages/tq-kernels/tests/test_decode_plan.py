@@ -112,6 +112,51 @@ def test_options_with_several_queries(options):
 
 
 @on_gpu
+@pytest.mark.parametrize("group", [4, 6])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"soft_cap": 15.0, "sinks": torch.linspace(-2, 3, 2)},
+        {"sliding_window": 70},
+        {"key_center": torch.linspace(-1, 1, 256).reshape(2, 128)},
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_options_with_one_query(options, group):
+    lengths = [33, 700, 4, 65, 1]
+    if "sinks" in options:
+        options = {**options, "sinks": options["sinks"].repeat_interleave(group)}
+    check(KVFormat(128, 4, 4), 2 * group, 2, lengths, [1] * 5, torch.bfloat16, kernels="nvidia",
+          **options)  # fmt: skip
+
+
+@on_gpu
+@pytest.mark.parametrize("rounds", [1, 2, 4])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_rounds_of_the_rotation(head_dim, rounds):
+    fmt = KVFormat(head_dim, 4, 4, rounds=rounds, seed=7)
+    check(fmt, 8, 2, LENGTHS, [1] * len(LENGTHS), torch.float16, kernels="nvidia")
+
+
+@on_gpu
+@pytest.mark.parametrize("size", [1e-20, 1e20])
+def test_queries_of_any_size(size):
+    fmt = KVFormat(128, 4, 4)
+    cache = random_cache(fmt, 2, [100], seed=1).to("cuda")
+    q = torch.randn(1, 8, 128, generator=torch.Generator().manual_seed(2)).to(
+        "cuda", torch.bfloat16
+    )
+    q = (q.float() * size).bfloat16()
+    plan = DecodePlan(fmt, 8, 2, max_batch=1, dtype=torch.bfloat16, device="cuda",
+                      softmax_scale=0.1 / size)  # fmt: skip
+    out, lse = torch.empty_like(q), torch.empty(1, 8, device="cuda")
+    plan.run(q, cache.pages, cache.block_table, cache.seq_lens, out, lse)
+    want, _ = decode_ref(q.double(), cache.pages, cache.block_table, cache.seq_lens, fmt,
+                         softmax_scale=0.1 / size)  # fmt: skip
+    torch.testing.assert_close(out.double(), want, atol=2e-2, rtol=2e-2)
+
+
+@on_gpu
 def test_haar_rotation_and_a_long_sequence_among_short_ones():
     fmt = KVFormat(128, 3, 3, rotation="haar", seed=5)
     lengths = [30000, *[5] * 70]

@@ -8,12 +8,13 @@ import numpy as np
 import torch
 import triton
 from torch import Tensor
-from tq_core import Codebook, TQError
+from tq_core import Codebook, HadamardRotation, TQError
 
 from tq_kernels.aot import Variant
 from tq_kernels.format import KVFormat
 from tq_kernels.nvidia.decode_kernel import decode_partials
 from tq_kernels.nvidia.rows_kernel import combine_partials, prepare_queries
+from tq_kernels.nvidia.tile_loads import rows_of_a_line
 from tq_kernels.plan import AttentionSpec
 from tq_kernels.quantize import codebook_of
 
@@ -113,6 +114,21 @@ def _warps_per_sm(fmt: KVFormat, blocks: int) -> int:
     return WARPS_PER_SM[fmt.head_dim, blocks]
 
 
+def _rotates(fmt: KVFormat, blocks: int) -> bool:
+    """Whether the kernel rotates queries itself: more rows would take long to compile."""
+    return fmt.rotation == "hadamard" and blocks <= 2
+
+
+def _sign_words(fmt: KVFormat) -> Tensor:
+    """Signs of a Hadamard rotation, int32 [rounds, 8]: a bit for each of ``head_dim / 8``."""
+    rotation = fmt.core_rotation
+    assert isinstance(rotation, HadamardRotation)
+    width = fmt.head_dim // 8
+    negative = (rotation.signs < 0).reshape(fmt.rounds, 8, width)
+    words = (negative.astype(np.uint32) << np.arange(width, dtype=np.uint32)).sum(-1)
+    return torch.from_numpy(words.astype(np.uint32).view(np.int32))
+
+
 def partials_constants(spec: AttentionSpec, blocks: int, batch_block: int) -> dict[str, object]:
     """Constants of `decode_partials`, other than ``PDL``."""
     fmt = spec.fmt
@@ -122,9 +138,11 @@ def partials_constants(spec: AttentionSpec, blocks: int, batch_block: int) -> di
         "D": fmt.head_dim,
         "PAGE": fmt.page_size,
         "NB": blocks,
+        "SPREAD": rows_of_a_line(fmt.head_dim, fmt.k_bits),
         "BATCH_BLOCK": batch_block,
         "WINDOW": spec.sliding_window is not None,
         "CAP": spec.soft_cap is not None,
+        "ROTATE": _rotates(spec.fmt, blocks),
     }
 
 
@@ -166,11 +184,15 @@ class NvidiaDecodePlan:
         self._precision = "tf32" if matrix.dtype == torch.float16 else "ieee"
         self._logit_scale = spec.scale * LOG2E * _step(keys) * scale
 
+        self._rotates = _rotates(fmt, self.blocks)
+        self._signs = _sign_words(fmt).to(device) if self._rotates else self._forward
+
         pairs = spec.max_batch * spec.kv_heads * self.chunks
         rows = pairs * 4 * self.blocks
         slots = (self.programs + pairs) * 4 * self.blocks
-        self._q_digits = torch.empty(rows * 2 * fmt.head_dim, dtype=torch.int8, device=device)
-        self._q_affine = torch.empty(rows * 4, dtype=torch.float32, device=device)
+        prepared = 0 if self._rotates else rows
+        self._q_digits = torch.empty(prepared * 2 * fmt.head_dim, dtype=torch.int8, device=device)
+        self._q_affine = torch.empty(prepared * 4, dtype=torch.float32, device=device)
         self._partial_out = torch.empty(slots * fmt.head_dim, dtype=torch.float32, device=device)
         self._partial_stats = torch.empty(slots * 2, dtype=torch.float32, device=device)
         self._one_each = torch.arange(spec.max_batch + 1, dtype=torch.int32, device=device)
@@ -208,23 +230,27 @@ class NvidiaDecodePlan:
         cu = self._one_each if cu_query_lens is None else cu_query_lens
         batch_block = max(32, triton.next_power_of_2(batch))
         dim, window = spec.fmt.head_dim, spec.sliding_window or 0
+        center = q if key_center is None else key_center
         after = {"launch_pdl": True} if self._overlap else {}
-        prepare_queries[(triton.cdiv(rows, MERGED_ROWS),)](
-            q, self._forward, cu, q if key_center is None else key_center,
-            self._q_digits, self._q_affine,
-            self._logit_scale, spec.scale * LOG2E, self._k_center,
-            spec.group, spec.kv_heads, self.chunks, pairs, q.stride(0), q.stride(1),
-            D=dim, NB=self.blocks, ROWS=MERGED_ROWS, CENTER=key_center is not None,
-            PRECISION=self._precision, PDL=self._overlap, num_warps=4,
-        )  # fmt: skip
+        if not self._rotates:
+            prepare_queries[(triton.cdiv(rows, MERGED_ROWS),)](
+                q, self._forward, cu, center, self._q_digits, self._q_affine,
+                self._logit_scale, spec.scale * LOG2E, self._k_center,
+                spec.group, spec.kv_heads, self.chunks, pairs, q.stride(0), q.stride(1),
+                D=dim, NB=self.blocks, ROWS=MERGED_ROWS, CENTER=key_center is not None,
+                PRECISION=self._precision, PDL=self._overlap, num_warps=4,
+            )  # fmt: skip
         decode_partials[(self.programs,)](
-            pages, block_table, seq_lens, cu, self._q_digits, self._q_affine,
-            self._partial_out, self._partial_stats, *self._k_table, *self._v_table,
-            self._v_center, self._v_step, spec.soft_cap or 0.0, window,
+            q, self._signs, center, pages, block_table, seq_lens, cu,
+            self._q_digits, self._q_affine, self._partial_out, self._partial_stats,
+            *self._k_table, *self._v_table, 1, self._k_center, self._v_center, self._v_step,
+            self._logit_scale, spec.scale * LOG2E, spec.soft_cap or 0.0, window, spec.fmt.rounds,
             batch, spec.kv_heads, self.chunks, spec.group, self.programs, LEAST_TILES,
-            pages.stride(0), pages.stride(1), block_table.stride(0),
+            q.stride(0), q.stride(1), pages.stride(0), pages.stride(1), block_table.stride(0),
             **partials_constants(spec, self.blocks, batch_block),
-            PDL=self._overlap, num_warps=1, maxnreg=self._registers, **after,
+            CENTER=key_center is not None and self._rotates,
+            PDL=self._overlap, num_warps=1, maxnreg=self._registers,
+            **({} if self._rotates else after),
         )  # fmt: skip
         one_row = self.programs >= MANY_PARTS * pairs
         combine_partials[(rows if one_row else triton.cdiv(rows, MERGED_ROWS),)](
@@ -257,8 +283,10 @@ def aot_variants() -> list[Variant]:
     tensors = dict.fromkeys(("block_table", "seq_lens", "cu_query_lens"), "*i32")
     partials = dict.fromkeys(("partial_out", "partial_stats"), "*fp32")
     tables = tuple(f"{kind}_table{n}" for kind in "kv" for n in range(4))
-    sizes = ("batch", "kv_heads", "chunks", "group", "programs", "least", "window")
-    strides = ("page_stride", "record_stride", "block_table_stride")
+    sizes = ("batch", "kv_heads", "chunks", "group", "programs", "least", "window", "rounds")
+    aligned = ("q_token_stride", "q_head_stride", "page_stride", "record_stride")
+    strides = (*aligned, "block_table_stride")
+    numbers = ("k_center", "v_center", "v_step", "logit_scale", "center_scale", "soft_cap")
     found = []
     for dim, k_bits, v_bits, rows, options in _CASES:
         spec = AttentionSpec(
@@ -276,15 +304,19 @@ def aot_variants() -> list[Variant]:
                     name=f"partials-{name}",
                     kernel=decode_partials,
                     signature={
+                        "q": "*bf16", "signs": "*i32", "key_center": "*fp32",
                         "pages": "*u8", **tensors, "q_digits": "*i8", "q_affine": "*fp32",
-                        **partials, **dict.fromkeys((*tables, *sizes, *strides), "i32"),
-                        **dict.fromkeys(("v_center", "v_step", "soft_cap"), "fp32"),
+                        **partials, **dict.fromkeys((*tables, "one", *sizes, *strides), "i32"),
+                        **dict.fromkeys(numbers, "fp32"),
                     },
-                    constexprs={**partials_constants(spec, blocks, 32), "PDL": overlap},
+                    constexprs={
+                        **partials_constants(spec, blocks, 32), "PDL": overlap,
+                        "CENTER": options and blocks == 1,
+                    },
                     num_warps=1,
                     maxnreg=REGISTERS[_warps_per_sm(spec.fmt, blocks)],
                     spills=SPILLS[blocks],
-                    aligned=strides[:2],
+                    aligned=aligned,
                     targets=targets,
                     quick=(dim, k_bits, v_bits, options) == (128, 4, 4, False) and rows == 4,
                 )

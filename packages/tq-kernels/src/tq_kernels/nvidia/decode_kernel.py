@@ -8,10 +8,11 @@ are, and leaves one partial result for each pair it touched. Within a warp, with
 
 - scores are computed transposed, ``K Qᵀ``: rows are tokens, the 8 columns are four query
   rows with a high and a low int8 digit each (16 bits of query). Lane ``(g, t)`` receives query
-  row ``t`` for tokens ``8 g .. 8 g + 7`` of the tile;
-- the weights times the value scale become two int8 digits, and eight shuffles turn them
-  into the second operand of ``Vᵀ P``, whose result lies on lane ``(g, t)`` for query row ``t``
-  again. Nothing goes through shared memory and no barrier is needed.
+  row ``t`` for 8 tokens of the tile, those that :mod:`tq_kernels.nvidia.tile_loads` gives group
+  ``g``;
+- the weights times the value scale become two int8 digits, and shuffles turn them into the second
+  operand of ``Vᵀ P``, whose result lies on lane ``(g, t)`` for query row ``t`` again. Nothing goes
+  through shared memory and no barrier is needed.
 
 Every tensor of the kernel has 32 elements, one a lane.
 """
@@ -22,173 +23,29 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from tq_kernels.nvidia.ptx import load_words, pv_tile, qk_tile
+from tq_kernels.nvidia.lanes import (
+    byte_of_each,
+    half,
+    load,
+    max_over_groups,
+    second_byte_of_each,
+    sum_over_groups,
+)
+from tq_kernels.nvidia.ptx import pv_tile, qk_tile
+from tq_kernels.nvidia.query_digits import query_digits
 from tq_kernels.nvidia.rows_kernel import tiles_of
+from tq_kernels.nvidia.tile_loads import (
+    first_key,
+    key_offset,
+    load_tile_keys,
+    load_tile_values,
+    to_value_lanes,
+)
 
 __all__ = ["TILE", "decode_partials"]
 
 #: Tokens a tile.
 TILE = tl.constexpr(64)
-
-
-@triton.jit
-def _shuffle(x, source):
-    """Lane ``i`` receives ``x`` of lane ``source[i]``."""
-    return tl.inline_asm_elementwise(
-        "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;",
-        "=r,r,r",
-        [x, source],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
-def _butterfly(x, distance: tl.constexpr):
-    """Lane ``i`` receives float ``x`` of lane ``i ^ distance``."""
-    return tl.inline_asm_elementwise(
-        "shfl.sync.bfly.b32 $0, $1, $2, 31, 0xffffffff;",
-        "=f,f,r",
-        [x, distance],
-        dtype=tl.float32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
-def _max_over_groups(x):
-    x = tl.maximum(x, _butterfly(x, 4))
-    x = tl.maximum(x, _butterfly(x, 8))
-    return tl.maximum(x, _butterfly(x, 16))
-
-
-@triton.jit
-def _sum_over_groups(x):
-    x += _butterfly(x, 4)
-    x += _butterfly(x, 8)
-    return x + _butterfly(x, 16)
-
-
-@triton.jit
-def _load(address, COUNT: tl.constexpr):
-    """``COUNT`` consecutive words at each lane's byte address, as a tuple."""
-    asm: tl.constexpr = load_words(COUNT)[0]
-    constraints: tl.constexpr = load_words(COUNT)[1]
-    return tl.inline_asm_elementwise(
-        asm, constraints, [address], dtype=(tl.int32,) * COUNT, is_pure=False, pack=1
-    )
-
-
-@triton.jit
-def _load_keys(
-    record, token, shift, lane_t, BITS: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr
-):
-    """Words of one token's row that belong to lane ``t``: nibble-words ``t D/32 ...``."""
-    NW: tl.constexpr = D // 32
-    if BITS == 3:
-        low = record + token * (D // 4) + lane_t * (2 * NW)
-        high = record + PAGE * D // 4 + token * (D // 8) + lane_t * NW // 4 * 4
-        words = _load(low, NW // 2)
-        upper = _load(high, max(1, NW // 4))
-        if NW < 4:
-            return words + (upper[0] >> shift,)
-        else:
-            return words + upper
-    else:
-        return _load(record + token * (D * BITS // 8) + lane_t * (NW * BITS), NW * BITS // 4)
-
-
-@triton.jit
-def _load_values(
-    record, quad, shift, lane_g, BITS: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr
-):
-    """Words of one quad for lane ``g``: rows ``g`` and ``g + 8`` of every fragment."""
-    NW: tl.constexpr = D // 32
-    if BITS == 3:
-        low = record + quad * D + lane_g * (2 * NW)
-        high = record + PAGE * D // 4 + quad * (D // 2) + lane_g * NW // 4 * 4
-        first = _load(low, NW // 2)
-        second = _load(low + D // 2, NW // 2)
-        high_first = _load(high, max(1, NW // 4))
-        high_second = _load(high + D // 4, max(1, NW // 4))
-        if NW < 4:
-            return first + (high_first[0] >> shift,) + second + (high_second[0] >> shift,)
-        else:
-            return first + high_first + second + high_second
-    else:
-        start = record + quad * (D * BITS // 2) + lane_g * (NW * BITS)
-        return _load(start, NW * BITS // 4) + _load(start + D * BITS // 4, NW * BITS // 4)
-
-
-@triton.jit
-def _half(word, UPPER: tl.constexpr):
-    """One of the two fp16 numbers of a word, as float32."""
-    bits = (word >> 16) if UPPER else word
-    return bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-
-
-@triton.jit
-def _record(pages, block_table, token, last_page, page_stride, PAGE: tl.constexpr):
-    """Address of the record that holds each lane's token; past the end, of the last one."""
-    page = tl.load(block_table + tl.minimum(token // PAGE, last_page)).to(tl.int64)
-    return pages + page * page_stride
-
-
-@triton.jit
-def _load_tile_keys(
-    pages,
-    block_table,
-    tile,
-    last_page,
-    lane_g,
-    lane_t,
-    page_stride,
-    K_BITS: tl.constexpr,
-    V_BITS: tl.constexpr,
-    D: tl.constexpr,
-    PAGE: tl.constexpr,
-):
-    """Key words and scales (packed fp16) of a lane's 8 tokens of a tile."""
-    token = tile * 64 + lane_g * 8
-    record = _record(pages, block_table, token, last_page, page_stride, PAGE)
-    token = token % PAGE
-    shift = (lane_t & 1) * 2
-    keys = ()
-    for i in tl.static_range(8):
-        keys = keys + _load_keys(record, token + i, shift, lane_t, K_BITS, D, PAGE)
-    return keys, _load(record + PAGE * D * (K_BITS + V_BITS) // 8 + token * 2, 4)
-
-
-@triton.jit
-def _load_tile_values(
-    pages,
-    block_table,
-    tile,
-    last_page,
-    lane_g,
-    lane_t,
-    page_stride,
-    K_BITS: tl.constexpr,
-    V_BITS: tl.constexpr,
-    D: tl.constexpr,
-    PAGE: tl.constexpr,
-):
-    """Value words of a lane's 4 quads of a tile, and the scales of the tokens of its keys."""
-    token = tile * 64 + lane_t * 16
-    record = _record(pages, block_table, token, last_page, page_stride, PAGE)
-    quad = token % PAGE // 4
-    shift = (lane_g & 1) * 2
-    values = ()
-    for i in tl.static_range(4):
-        values = values + _load_values(
-            record + PAGE * D * K_BITS // 8, quad + i, shift, lane_g, V_BITS, D, PAGE
-        )
-    token = tile * 64 + lane_g * 8
-    record = _record(pages, block_table, token, last_page, page_stride, PAGE)
-    scales = record + PAGE * D * (K_BITS + V_BITS) // 8 + PAGE * 2
-    return values, _load(scales + token % PAGE * 2, 4)
 
 
 @triton.jit
@@ -218,34 +75,6 @@ def _scores(
         for n in tl.static_range(NB):
             out = out + (c[4 * n] * 256 + c[4 * n + 1], c[4 * n + 2] * 256 + c[4 * n + 3])
     return out
-
-
-@triton.jit
-def _byte_of_each(a, b, c, d):
-    """The low bytes of four registers in one."""
-    return tl.inline_asm_elementwise(
-        "{ .reg .b32 x, y; prmt.b32 x, $1, $2, 0x0040; prmt.b32 y, $3, $4, 0x0040; "
-        "prmt.b32 $0, x, y, 0x5410; }",
-        "=r,r,r,r,r",
-        [a, b, c, d],
-        dtype=tl.int32,
-        is_pure=True,
-        pack=1,
-    )
-
-
-@triton.jit
-def _second_byte_of_each(a, b, c, d):
-    """The second bytes of four registers in one."""
-    return tl.inline_asm_elementwise(
-        "{ .reg .b32 x, y; prmt.b32 x, $1, $2, 0x0051; prmt.b32 y, $3, $4, 0x0051; "
-        "prmt.b32 $0, x, y, 0x5410; }",
-        "=r,r,r,r,r",
-        [a, b, c, d],
-        dtype=tl.int32,
-        is_pure=True,
-        pack=1,
-    )
 
 
 @triton.jit
@@ -315,6 +144,7 @@ def _attend(
     V_BITS: tl.constexpr,
     D: tl.constexpr,
     NB: tl.constexpr,
+    SPREAD: tl.constexpr,
     WINDOW: tl.constexpr,
     CAP: tl.constexpr,
 ):
@@ -327,13 +157,13 @@ def _attend(
     scales = ()
     top_scale = tl.zeros([32], tl.float32)
     for i in tl.static_range(8):
-        held = token + i < length
+        held = token + key_offset(i, SPREAD) < length
         if WINDOW:
-            held = held & (token + i >= oldest)
-        scale = tl.where(held, _half(v_scales[i // 2], i % 2 == 1), 0.0)
+            held = held & (token + key_offset(i, SPREAD) >= oldest)
+        scale = tl.where(held, half(v_scales[i // 2], i % 2 == 1), 0.0)
         top_scale = tl.maximum(top_scale, scale)
         scales = scales + (scale,)
-    top_scale = _max_over_groups(top_scale)
+    top_scale = max_over_groups(top_scale)
     weights = ()
     gains = ()
     for n in tl.static_range(NB):
@@ -343,17 +173,17 @@ def _attend(
         for i in tl.static_range(8):
             dot = dots[(i // 2) * 2 * NB + 2 * n + i % 2].to(tl.float32)
             logit = dot * affine[3 * n] + affine[3 * n + 1]
-            logit = logit * _half(k_scales[i // 2], i % 2 == 1) + affine[3 * n + 2]
+            logit = logit * half(k_scales[i // 2], i % 2 == 1) + affine[3 * n + 2]
             if CAP:
                 tanh = 1.0 - 2.0 / (1.0 + tl.exp2(logit * (2.0 / soft_cap)))
                 logit = soft_cap * 1.4426950408889634 * tanh
-            visible = token + i < limits[n]
+            visible = token + key_offset(i, SPREAD) < limits[n]
             if WINDOW:
-                visible = visible & (token + i >= starts[n])
+                visible = visible & (token + key_offset(i, SPREAD) >= starts[n])
             logit = tl.where(visible, logit, float("-inf"))
             tile_max = tl.maximum(tile_max, logit)
             logits = logits + (logit,)
-        tile_max = _max_over_groups(tile_max)
+        tile_max = max_over_groups(tile_max)
         new_max = tl.maximum(row_max, tile_max)
         safe_max = tl.maximum(new_max, -1e30)
         shrink = tl.exp2(row_max - safe_max)
@@ -374,23 +204,14 @@ def _attend(
             total += rounded - DIGITS
             digits = digits + (rounded.to(tl.int32, bitcast=True),)
         low = (
-            _byte_of_each(digits[0], digits[1], digits[2], digits[3]),
-            _byte_of_each(digits[4], digits[5], digits[6], digits[7]),
+            byte_of_each(digits[0], digits[1], digits[2], digits[3]),
+            byte_of_each(digits[4], digits[5], digits[6], digits[7]),
         )
         high = (
-            _second_byte_of_each(
-                digits[0] + 128, digits[1] + 128, digits[2] + 128, digits[3] + 128
-            ),
-            _second_byte_of_each(
-                digits[4] + 128, digits[5] + 128, digits[6] + 128, digits[7] + 128
-            ),
+            second_byte_of_each(digits[0] + 128, digits[1] + 128, digits[2] + 128, digits[3] + 128),
+            second_byte_of_each(digits[4] + 128, digits[5] + 128, digits[6] + 128, digits[7] + 128),
         )
-        for step in tl.static_range(2):
-            source = (2 * (lane % 4) + step) * 4 + lane // 8
-            for quad in tl.static_range(2):
-                first = _shuffle(high[quad], source)
-                second = _shuffle(low[quad], source)
-                weights = weights + (tl.where((lane // 4) % 2 == 0, first, second),)
+        weights = weights + to_value_lanes(high, low, lane, SPREAD)
         gains = gains + (
             new_max,
             row_sum,
@@ -406,15 +227,19 @@ def _attend(
         sums = _weigh(values, weights, v_table, i, V_BITS, NW, NB)
         for n in tl.static_range(NB):
             for parity in tl.static_range(2):
-                for half in tl.static_range(2):
-                    joined = _joined(sums, parity * 4 * NB + 4 * n + 2 * half)
-                    old = state[3 * NB + (i * NB + n) * 4 + parity * 2 + half]
+                for side in tl.static_range(2):
+                    joined = _joined(sums, parity * 4 * NB + 4 * n + 2 * side)
+                    old = state[3 * NB + (i * NB + n) * 4 + parity * 2 + side]
                     new_state = new_state + (old * gains[5 * n + 3] + joined * gains[5 * n + 4],)
     return new_state
 
 
-@triton.jit
+# With ``one`` = 1 known to the compiler, a product and a sum would become a plain sum.
+@triton.jit(do_not_specialize=["one"])
 def decode_partials(
+    q,
+    signs,
+    key_center,
     pages,
     block_table,
     seq_lens,
@@ -431,16 +256,23 @@ def decode_partials(
     v_table1,
     v_table2,
     v_table3,
+    one,
+    k_center,
     v_center,
     v_step,
+    logit_scale,
+    center_scale,
     soft_cap,
     window,
+    rounds,
     batch,
     kv_heads,
     chunks,
     group,
     programs,
     least,
+    q_token_stride,
+    q_head_stride,
     page_stride,
     record_stride,
     block_table_stride,
@@ -449,13 +281,18 @@ def decode_partials(
     D: tl.constexpr,
     PAGE: tl.constexpr,
     NB: tl.constexpr,
+    SPREAD: tl.constexpr,
     BATCH_BLOCK: tl.constexpr,
     WINDOW: tl.constexpr,
     CAP: tl.constexpr,
+    ROTATE: tl.constexpr,
+    CENTER: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Partial attention of every (program, pair) that meet; see the module's description.
 
+    With ``ROTATE`` queries come from ``q`` [tokens, heads, D], else from ``q_digits`` and
+    ``q_affine`` as :func:`tq_kernels.nvidia.rows_kernel.prepare_queries` writes them.
     ``partial_out`` float32 ``[programs + pairs, 4 NB, D]`` and ``partial_stats`` float32
     ``[programs + pairs, 4 NB, 2]`` (base-2 maximum, sum) receive slot ``program + pair``.
     """
@@ -495,10 +332,21 @@ def decode_partials(
         last_page = tl.maximum(length - 1, 0) // PAGE
 
         head = pages.to(tl.int64) + kv_head.to(tl.int64) * record_stride
-        keys, k_scales = _load_tile_keys(
-            head, table, first, last_page, lane_g, lane_t, page_stride, K_BITS, V_BITS, D, PAGE
+        keys, k_scales = load_tile_keys(
+            head,
+            table,
+            first,
+            last_page,
+            lane_g,
+            lane_t,
+            page_stride,
+            K_BITS,
+            V_BITS,
+            D,
+            PAGE,
+            SPREAD,
         )
-        if PDL:
+        if PDL and not ROTATE:
             # Only queries come from the kernel before; a first tile is on its way already.
             gdc_wait()
         query = ()
@@ -507,12 +355,37 @@ def decode_partials(
         starts = ()
         state = ()
         for n in tl.static_range(NB):
-            block = (pair * NB + n).to(tl.int64)
-            address = q_digits.to(tl.int64) + (block * 8 + lane_g) * D + lane_t * (D // 4)
-            query = query + _load(address, D // 16)
-            row = (head_chunk % chunks * NB + n) * 4 + lane_t
-            for part in tl.static_range(3):
-                affine = affine + (tl.load(q_affine + (block * 4 + lane_t) * 4 + part),)
+            first_row = (head_chunk % chunks * NB + n) * 4
+            if ROTATE:
+                row = first_row + lane_g // 2
+                valid = row < query_len * group
+                words, numbers = query_digits(
+                    q,
+                    signs,
+                    key_center,
+                    tl.where(valid, query_start + row // group, 0),
+                    tl.where(valid, kv_head * group + row % group, 0),
+                    kv_head,
+                    valid,
+                    lane,
+                    q_token_stride,
+                    q_head_stride,
+                    rounds,
+                    logit_scale,
+                    center_scale,
+                    k_center,
+                    D,
+                    CENTER,
+                )
+                query = query + words
+                affine = affine + numbers
+            else:
+                block = (pair * NB + n).to(tl.int64)
+                address = q_digits.to(tl.int64) + (block * 8 + lane_g) * D + lane_t * (D // 4)
+                query = query + load(address, D // 16)
+                for part in tl.static_range(3):
+                    affine = affine + (tl.load(q_affine + (block * 4 + lane_t) * 4 + part),)
+            row = first_row + lane_t
             limit = tl.minimum(length - query_len + row // group + 1, length)
             limits = limits + (limit,)
             starts = starts + (limit - window,)
@@ -523,8 +396,19 @@ def decode_partials(
 
         for tile in range(first, first + count):
             # Values arrive while scores are computed, the next keys while values are summed.
-            values, v_scales = _load_tile_values(
-                head, table, tile, last_page, lane_g, lane_t, page_stride, K_BITS, V_BITS, D, PAGE
+            values, v_scales = load_tile_values(
+                head,
+                table,
+                tile,
+                last_page,
+                lane_g,
+                lane_t,
+                page_stride,
+                K_BITS,
+                V_BITS,
+                D,
+                PAGE,
+                SPREAD,
             )
             state = _attend(
                 keys,
@@ -536,37 +420,49 @@ def decode_partials(
                 limits,
                 starts,
                 state,
-                tile * 64 + lane_g * 8,
+                first_key(tile, lane_g, SPREAD),
                 length,
                 length - query_len + 1 - window,
                 lane,
-                (k_table0, k_table1, k_table2, k_table3),
-                (v_table0, v_table1, v_table2, v_table3),
+                (k_table0, k_table1, k_table2, k_table3, one),
+                (v_table0, v_table1, v_table2, v_table3, one),
                 soft_cap,
                 K_BITS,
                 V_BITS,
                 D,
                 NB,
+                SPREAD,
                 WINDOW,
                 CAP,
             )
             ahead = tl.minimum(tile + 1, first + count - 1)
-            keys, k_scales = _load_tile_keys(
-                head, table, ahead, last_page, lane_g, lane_t, page_stride, K_BITS, V_BITS, D, PAGE
+            keys, k_scales = load_tile_keys(
+                head,
+                table,
+                ahead,
+                last_page,
+                lane_g,
+                lane_t,
+                page_stride,
+                K_BITS,
+                V_BITS,
+                D,
+                PAGE,
+                SPREAD,
             )
 
         slot = (program + pair).to(tl.int64)
         for n in tl.static_range(NB):
             row = slot * (4 * NB) + n * 4 + lane_t
-            row_sum = _sum_over_groups(state[3 * n + 1])
-            centre = _sum_over_groups(state[3 * n + 2]) * v_center
+            row_sum = sum_over_groups(state[3 * n + 1])
+            centre = sum_over_groups(state[3 * n + 2]) * v_center
             tl.store(partial_stats + row * 2, state[3 * n], mask=lane_g == 0)
             tl.store(partial_stats + row * 2 + 1, row_sum, mask=lane_g == 0)
             for i in tl.static_range(NW):
                 for parity in tl.static_range(2):
-                    for half in tl.static_range(2):
-                        dim = half * (D // 2) + 2 * (lane_g * NW + i) + parity
-                        value = state[3 * NB + (i * NB + n) * 4 + parity * 2 + half] - centre
+                    for side in tl.static_range(2):
+                        dim = side * (D // 2) + 2 * (lane_g * NW + i) + parity
+                        value = state[3 * NB + (i * NB + n) * 4 + parity * 2 + side] - centre
                         tl.store(partial_out + row * D + dim, value * v_step)
         position += count
     if PDL:

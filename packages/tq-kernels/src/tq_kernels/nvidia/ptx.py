@@ -8,7 +8,8 @@ the 32 lanes and warp-collective instructions (``mma.sync``, ``shfl.sync``) may 
 A nibble-word of 8 codes becomes two registers of four bytes with ``prmt``, which looks four
 table entries up at once. For 4 bits the table has 16 entries and ``prmt`` reads 8: bit 3 of a
 selector makes it replicate the sign of the entry, which is 0 because levels are at most 127,
-so the lower and the upper half are looked up apart and joined with ``or``.
+so the lower and the upper half are looked up apart and added. The sum is a product by one and
+a sum, which the multipliers compute: all else here keeps the integer units busy.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ import triton
 
 __all__ = ["TABLE_REGISTERS", "load_words", "pv_tile", "qk_tile", "words_per_lane"]
 
-#: Registers of the lookup table, whatever the bit width (unused ones are 0).
-TABLE_REGISTERS = 4
+#: Registers of the lookup table, whatever the bit width (unused ones are 0), and one that holds 1.
+TABLE_REGISTERS = 5
 
 
 @triton.constexpr_function
@@ -90,13 +91,15 @@ def _lookup(ptx: _Text, bits: int, word: str, table: list[str]) -> tuple[str, st
     flipped = ptx.op("xor.b32", word, "0x88888888")
     flipped_upper = ptx.op("shr.u32", flipped, "16")
     low = ptx.op(
-        "or.b32",
+        "mad.lo.u32",
         ptx.op("prmt.b32", table[0], table[1], word),
+        table[4],
         ptx.op("prmt.b32", table[2], table[3], flipped),
     )
     high = ptx.op(
-        "or.b32",
+        "mad.lo.u32",
         ptx.op("prmt.b32", table[0], table[1], upper),
+        table[4],
         ptx.op("prmt.b32", table[2], table[3], flipped_upper),
     )
     return low, high

@@ -154,14 +154,13 @@ class StoreShape:
     num_stages: int = 2
 
     @staticmethod
-    def of(tokens: int, heads: int, head_dim: int, itemsize: int) -> StoreShape:
+    def of(tokens: int, heads: int, head_dim: int) -> StoreShape:
         """Many small programs for few tokens, else large ones that load the matrix less often."""
         if tokens * heads <= 8192:
             return StoreShape(16, 4)
         if head_dim not in (16, 32, 64, 128):
             return StoreShape(32, 4)
-        many = tokens * heads > 32768 and itemsize == 2
-        return StoreShape(128, 8) if many else StoreShape(64, 4)
+        return StoreShape(64, 4)
 
 
 @dataclass(frozen=True)
@@ -222,7 +221,7 @@ def store(
     if tokens == 0 or heads == 0:
         return
     if shape is None:
-        shape = StoreShape.of(tokens, heads, fmt.head_dim, k.element_size())
+        shape = StoreShape.of(tokens, heads, fmt.head_dim)
     c = _constants(fmt, k.device, k.dtype)
     store_kernel[(triton.cdiv(tokens, shape.block), heads, 2)](
         k, v, pages, slot_mapping,
@@ -242,14 +241,14 @@ def aot_variants() -> list[Variant]:
         (128, 8, 8, "fp32", 8192, False), (64, 4, 3, "bf16", 8192, False),
         (80, 3, 3, "bf16", 8192, True), (96, 4, 4, "fp16", 8192, False),
         (192, 4, 4, "bf16", 8192, False), (256, 4, 4, "bf16", 8192, False),
-        (256, 2, 3, "fp32", 64, False), (128, 4, 4, "bf16", 4096, False),
+        (256, 2, 3, "fp32", 64, False),
     ]  # fmt: skip
     strides = [f"{x}_{y}_stride" for x in "kv" for y in ("token", "head")]
     strides += ["page_stride", "record_stride"]
     found = []
     for dim, k_bits, v_bits, dtype, tokens, quick in cases:
         fmt = KVFormat(dim, k_bits, v_bits)
-        shape = StoreShape.of(tokens, 8, dim, 4 if dtype == "fp32" else 2)
+        shape = StoreShape.of(tokens, 8, dim)
         torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(dtype, torch.float32)
         constants = _constants(fmt, torch.device("cpu"), torch_dtype)
         parts = "*bf16" if dtype == "bf16" else "*fp16"

@@ -1,0 +1,115 @@
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, assignment"
+"""What the lanes of a warp pass to each other, and bytes of their registers.
+
+Every tensor has 32 elements, one a lane. Lane ``4 g + t`` stands in group ``g`` (0-7).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from tq_kernels.nvidia.ptx import load_words
+
+__all__ = [
+    "butterfly",
+    "byte_of_each",
+    "half",
+    "load",
+    "max_over_groups",
+    "pick_bytes",
+    "second_byte_of_each",
+    "shuffle",
+    "shuffle_float",
+    "sum_over_groups",
+]
+
+
+@triton.jit
+def shuffle(x, source):
+    """Lane ``i`` receives ``x`` of lane ``source[i]``."""
+    return tl.inline_asm_elementwise(
+        "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;",
+        "=r,r,r",
+        [x, source],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def shuffle_float(x, source):
+    """Lane ``i`` receives float ``x`` of lane ``source[i]``."""
+    return shuffle(x.to(tl.int32, bitcast=True), source).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def butterfly(x, distance: tl.constexpr):
+    """Lane ``i`` receives float ``x`` of lane ``i ^ distance``."""
+    return tl.inline_asm_elementwise(
+        "shfl.sync.bfly.b32 $0, $1, $2, 31, 0xffffffff;",
+        "=f,f,r",
+        [x, distance],
+        dtype=tl.float32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def max_over_groups(x):
+    """Largest of the 8 lanes with the same ``t``."""
+    x = tl.maximum(x, butterfly(x, 4))
+    x = tl.maximum(x, butterfly(x, 8))
+    return tl.maximum(x, butterfly(x, 16))
+
+
+@triton.jit
+def sum_over_groups(x):
+    """Sum of the 8 lanes with the same ``t``."""
+    x += butterfly(x, 4)
+    x += butterfly(x, 8)
+    return x + butterfly(x, 16)
+
+
+@triton.jit
+def load(address, COUNT: tl.constexpr):
+    """``COUNT`` consecutive words at each lane's byte address, as a tuple."""
+    asm: tl.constexpr = load_words(COUNT)[0]
+    constraints: tl.constexpr = load_words(COUNT)[1]
+    return tl.inline_asm_elementwise(
+        asm, constraints, [address], dtype=(tl.int32,) * COUNT, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def half(word, UPPER: tl.constexpr):
+    """One of the two fp16 numbers of a word, as float32."""
+    bits = (word >> 16) if UPPER else word
+    return bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def pick_bytes(a, b, selector):
+    """Four of the bytes of two words; ``selector`` as of ``prmt``."""
+    return tl.inline_asm_elementwise(
+        "prmt.b32 $0, $1, $2, $3;",
+        "=r,r,r,r",
+        [a, b, selector],
+        dtype=tl.int32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
+def byte_of_each(a, b, c, d):
+    """The low bytes of four registers in one."""
+    return pick_bytes(pick_bytes(a, b, 0x0040), pick_bytes(c, d, 0x0040), 0x5410)
+
+
+@triton.jit
+def second_byte_of_each(a, b, c, d):
+    """The second bytes of four registers in one."""
+    return pick_bytes(pick_bytes(a, b, 0x0051), pick_bytes(c, d, 0x0051), 0x5410)
