@@ -31,7 +31,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(
     str(path.relative_to(ROOT))
-    for pattern in ("*.md", "docs/*.md", "packages/*/README.md")
+    for pattern in ("*.md", "docs/*.md", "packages/*/README.md", "tools/*/README.md")
     for path in ROOT.glob(pattern)
 )
 FENCE = re.compile(

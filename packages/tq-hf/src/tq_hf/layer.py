@@ -28,7 +28,6 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 #: Since transformers 5, ``crop`` takes the negated number of tokens to remove; before, a length.
 _CROP_REMOVES = "tokens_to_remove" in inspect.signature(DynamicLayer.crop).parameters
 
-
 #: Tokens from which, and share of energy above which, the mean of keys is judged too large.
 _LEAST_JUDGED, _COMMON_SHARE = 64, 0.9
 
@@ -390,8 +389,8 @@ def _warn_of_common_part(keys: Tensor, bits: int) -> None:
     if bool((share.amin(dim=0) > _COMMON_SHARE).any()):
         warnings.warn(
             f"{_COMMON_SHARE:.0%} or more of the energy of this model's keys is the same for all "
-            f"tokens, so {bits} bits leave little for what differs: pass key_center, for example "
-            "the mean key of each layer and head over some text",
+            f"tokens, so {bits} bits leave little for what differs: pass key_center, the mean key of "
+            "each layer and head over some text, which `tq calibrate` measures",
             KeyCenterWarning,
             stacklevel=2,
         )
