@@ -28,6 +28,7 @@ GridName = Literal["int7", "int8", "e4m3"]
 _RESIDUAL = 1e-11  # stationarity, in standard deviations
 _ITERATIONS = 100
 _BUCKET = 32000  # 16-bit integer of the largest boundary
+_TABLE_BYTES = 1 << 19  # larger tables of pairs fall out of the cache
 _SMALL = 4096  # coordinates below which a binary search is quicker than the table
 
 
@@ -95,7 +96,9 @@ class Codebook:
         number = np.arange((self.size - 1) * 257 + 1)
         codes = np.stack([number & 255, number >> 8], axis=1)
         pairs = self.centroids[np.minimum(codes, self.size - 1)].view(np.complex128).ravel()
-        return {np.dtype(np.float64): pairs, np.dtype(np.float32): pairs.astype(np.complex64)}
+        tables: dict[np.dtype[np.floating], NDArray[np.complexfloating]]
+        tables = {np.dtype(np.float64): pairs, np.dtype(np.float32): pairs.astype(np.complex64)}
+        return {dtype: table for dtype, table in tables.items() if table.nbytes <= _TABLE_BYTES}
 
     def encode(self, y: ArrayLike) -> NDArray[np.uint8]:
         """Codes (uint8) of coordinates ``y`` of unit vectors, same shape."""
@@ -130,9 +133,11 @@ class Codebook:
                 f"codes from {codes.min()} to {codes.max()}: this codebook has codes 0 to "
                 f"{self.size - 1}; decode with the codebook that encoded them"
             )
-        if codes.dtype == np.uint8 and codes.ndim and codes.size and codes.shape[-1] % 2 == 0:
-            return self._pairs[dtype].take(np.ascontiguousarray(codes).view("<u2")).view(dtype)
-        return np.asarray(self.centroids.astype(dtype)[codes])
+        pairs = self._pairs.get(dtype)
+        even = codes.ndim and codes.size and codes.shape[-1] % 2 == 0
+        if pairs is not None and codes.dtype == np.uint8 and even:
+            return pairs.take(np.ascontiguousarray(codes).view("<u2")).view(dtype)
+        return np.asarray(self.centroids.astype(dtype).take(codes))
 
 
 def _check(dim: float | None, bits: int) -> int | None:

@@ -30,7 +30,8 @@ __all__ = ["Encoded", "InnerProductEncoded", "InnerProductQuantizer", "MSEQuanti
 Float = NDArray[np.float64]
 Bytes = NDArray[np.uint8]
 
-_CHUNK = 1 << 17  # coordinates handled at once
+# Coordinates handled at once. Much larger arrays would be taken anew from the system every time.
+_CHUNK = 1 << 16
 # Squared norms of vectors that need no scaling against overflow and lost digits.
 _ORDINARY = {
     np.dtype(np.float32): (1e-20, 1e20),
