@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from scenarios import Scenario
+from scenarios import Scenario, Server
 from server import Failure
 
 __all__ = ["bench", "bench_arguments", "compare", "load", "texts", "warm_up"]
@@ -83,12 +84,20 @@ def _complete(url: str, seconds: float, **request: Any) -> dict[str, Any]:
     return result
 
 
-def warm_up(url: str, model: Path, seconds: float) -> None:
-    """Send a short request, so that the first of a load does not pay for what is done once."""
+def warm_up(url: str, model: Path, server: Server, seconds: float) -> None:
+    """Send a few requests, so that those of a load do not pay for what is done once."""
+    count, length = server.warm_up
+    draw = random.Random(10**6)
+
+    def ask(_: int) -> None:
+        prompt = [draw.randrange(20, 4000) for _ in range(length)]
+        _complete(url, seconds, model=str(model), prompt=prompt, max_tokens=4, ignore_eos=True)
+
     try:
-        _complete(url, seconds, model=str(model), prompt=list(range(20, 120)), max_tokens=4)
+        with ThreadPoolExecutor(count) as pool:
+            list(pool.map(ask, range(count)))
     except OSError as error:
-        raise Failure(f"the first request: {error}") from None
+        raise Failure(f"the first requests: {error}") from None
 
 
 def texts(url: str, model: Path, scenario: Scenario, seconds: float) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import client
-from scenarios import FULL, SMOKE, Scenario, Setting, Variant
+from scenarios import FULL, SMOKE, Scenario, Server, Setting, Variant
 from server import Failure, Running
 
 HERE = Path(__file__).resolve().parent
@@ -84,16 +84,17 @@ class Clock:
 
 
 def measure(
-    running: Running, name: str, scenario: Scenario, models: dict[str, Path], model: Path,
-    memory: int, seconds: float, log: Path,
+    running: Running, scenario: Scenario, models: dict[str, Path], server: Server,
+    seconds: float, log: Path,
 ) -> dict[str, Any]:  # fmt: skip
     """What a scenario gave on a server that answers."""
+    model = models[server.model]
     before = running.counters()
     began = time.monotonic()
     if scenario.texts:
         found = client.texts(running.url, model, scenario, seconds)
     else:
-        requests = scenario.count(tokens_at_16_bits(model, memory))
+        requests = scenario.count(tokens_at_16_bits(model, server.memory))
         arguments = client.bench_arguments(
             running.url, model, models["tokenizer"], scenario, requests
         )
@@ -120,7 +121,6 @@ def rows(
     clock = Clock(arguments.limit)
     for kind, server in setting.servers.items():
         wanted = {n: s for n, s in setting.scenarios.items() if s.server == kind}
-        model = models[server.model]
         left = list(setting.variants.items()) if wanted else []
         while left:
             batch, left = left[: arguments.together], left[arguments.together :]
@@ -129,25 +129,24 @@ def rows(
                 for name, variant in batch:
                     say(f"{name}: start server '{kind}'")
                     log = logs / f"{kind}-{name}.log"
-                    running = Running(model, server, variant, setting.variables, log)
+                    running = Running(models[server.model], server, variant, setting.variables, log)
                     started.append((name, stack.enter_context(running)))
                 client.load()
                 for name, running in started:
-                    yield from run_on(name, running, wanted, models, model, server.memory, clock,
-                                      arguments)  # fmt: skip
+                    yield from run_on(name, running, wanted, models, server, clock, arguments)
                     running.stop()
 
 
 def run_on(
     variant: str, running: Running, wanted: dict[str, Scenario], models: dict[str, Path],
-    model: Path, memory: int, clock: Clock, arguments: argparse.Namespace,
+    server: Server, clock: Clock, arguments: argparse.Namespace,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     """The rows of one server; a failed scenario does not stop the others."""
     common: dict[str, Any] = {"server": running.command, "variables": running.variables}
     problem = ""
     try:
         running.wait(clock.within(arguments.start_limit))
-        client.warm_up(running.url, model, clock.within(60))
+        client.warm_up(running.url, models[server.model], server, clock.within(120))
         common |= {"start_seconds": round(running.seconds, 1), "log": running.telling()}
         say(f"{variant}: answers after {running.seconds:.0f} s")
     except Failure as failure:
@@ -159,7 +158,7 @@ def run_on(
                 raise Failure(problem)
             seconds = clock.within(arguments.scenario_limit)
             log = running.log.with_name("client.log")
-            row |= measure(running, name, scenario, models, model, memory, seconds, log)
+            row |= measure(running, scenario, models, server, seconds, log)
             say(f"{variant}: {name} took {row['seconds']} s")
         except Failure as failure:
             row["error"] = str(failure)

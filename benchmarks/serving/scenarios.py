@@ -34,6 +34,8 @@ class Server:
     options : tuple of str
     memory : int
         Bytes of the cache.
+    warm_up : tuple of int
+        Requests at once, and tokens of each: more than a step takes, so that prompts are cut.
     blocks : int
         Blocks of the cache instead of bytes, so that all variants hold the same tokens.
     """
@@ -42,6 +44,7 @@ class Server:
     model: str
     options: tuple[str, ...]
     memory: int
+    warm_up: tuple[int, int]
     blocks: int = 0
 
     @property
@@ -108,6 +111,7 @@ FULL = Setting(
             "tiny",
             (*COMMON, "--max-model-len", "1024", "--max-num-seqs", "16", *_graphs(1, 2, 4, 8, 16)),
             memory=1 << 30,
+            warm_up=(12, 900),
         ),
         "fixed": Server(
             "A cache of 557,056 tokens whatever their bytes: 64 requests of 8k tokens fit in all "
@@ -118,6 +122,7 @@ FULL = Setting(
                 "--enable-prefix-caching", *_graphs(1, 2, 4, 8, 16, 32, 48, 64),
             ),
             memory=80_000_000_000,
+            warm_up=(3, 6000),
             blocks=34_816,
         ),
         "card": Server(
@@ -131,6 +136,7 @@ FULL = Setting(
                 *_graphs(1, 4, 16, 32, 64, 96, *range(128, 512, 32), 512),
             ),
             memory=48_000_000_000,
+            warm_up=(13, 1000),
         ),
     },
     scenarios={
@@ -171,9 +177,20 @@ SMOKE = Setting(
     },
     servers={
         "fixed": Server(
-            "As the full one.", "tiny", (*CPU, "--enable-prefix-caching"), 4 << 20, blocks=24
+            "As the full one.",
+            "tiny",
+            (*CPU, "--enable-prefix-caching"),
+            4 << 20,
+            warm_up=(1, 50),
+            blocks=24,
         ),
-        "card": Server("As the full one.", "tiny", (*CPU, "--no-enable-prefix-caching"), 2 << 20),
+        "card": Server(
+            "As the full one.",
+            "tiny",
+            (*CPU, "--no-enable-prefix-caching"),
+            2 << 20,
+            warm_up=(2, 50),
+        ),
     },
     scenarios={
         "outputs": Scenario("Texts.", "card", 0, 8, 4, requests=3, texts=True),

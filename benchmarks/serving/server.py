@@ -24,7 +24,7 @@ CAPACITY = re.compile(r"KV cache size: ([\d,]+) tokens")
 #: Lines of the log that say what runs.
 TELLING = re.compile(
     r"TurboQuant KV cache|KV cache size|Using .*(backend|Runner|FlashAttention)|Maximum conc"
-    r"|Graph capturing|torch.compile took|compilation took|Overriding num_gpu"
+    r"|Graph capturing|torch.compile took|compilation took|Overriding num_gpu|JIT"
 )
 COUNTERS = ("prefix_cache_hits_total", "num_preemptions_total", "num_requests_running")
 
