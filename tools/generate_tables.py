@@ -24,6 +24,7 @@ DOCUMENTS = (
     "docs/quality.md",
     "docs/presets.md",
     "docs/comparison.md",
+    "docs/vllm.md",
 )
 MARKER = re.compile(r"<!-- table:([\w-]+) -->\n(.*?)<!-- /table:\1 -->", re.DOTALL)
 TABLES: dict[str, Callable[[], str]] = {}
@@ -642,6 +643,22 @@ def presets() -> str:
     for model in MODELS:
         header += [f"`{model}`: perplexity", "KL"]
     return markdown((*header, "when"), rows, text_last=True)
+
+
+@table("vllm-presets")
+def vllm_presets() -> str:
+    """Bytes of a page of every preset, for a token and KV head, beside vLLM's own caches."""
+    from tq_kernels.presets import PRESETS
+
+    rows = [
+        (f"`{p.name}`", f"{p.k_bits}, {p.v_bits}", str(p.slot_bytes(128)), p.use)
+        for p in PRESETS.values()
+    ]
+    rows += [
+        ("`--kv-cache-dtype fp8`", "8, 8", str(2 * 128), "vLLM's own 8-bit floats."),
+        ("none", "16, 16", str(2 * 2 * 128), "What models compute."),
+    ]
+    return markdown(("`TQ_PRESET`", "K, V bits", "bytes", "when"), rows, text_last=True)
 
 
 #: Formats of the comparison: name in the measured results, how it is called, what it is.

@@ -6,18 +6,11 @@ import re
 from pathlib import Path
 
 from packaging.version import Version
-from tq_kernels.presets import PRESETS
 from tq_vllm.settings import Settings
 from tq_vllm.versions import FIRST, OLDER, UNTIL
 
 ROOT = Path(__file__).resolve().parents[3]
 GUIDE = (ROOT / "docs" / "vllm.md").read_text(encoding="utf-8")
-
-
-def test_presets() -> None:
-    rows = re.findall(r"^\| `(\w+)` \| (\d), (\d) bits \| (\d+) \|", GUIDE, re.MULTILINE)
-    expected = [(p.name, p.k_bits, p.v_bits, p.slot_bytes(128)) for p in PRESETS.values()]
-    assert [(name, int(k), int(v), int(n)) for name, k, v, n in rows] == expected
 
 
 def test_settings() -> None:
