@@ -15,7 +15,7 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 from tq_vllm.backend import TurboQuantBackend, page_format
 from tq_vllm.layers import assign_layer
 from tq_vllm.metadata import TurboQuantMetadata, batch_limits
-from tq_vllm.ops import EagerOps, FusedOps, LayerShape
+from tq_vllm.ops import Decodes, EagerOps, FusedOps, LayerShape, Prefills
 from tq_vllm.settings import load_settings
 
 __all__ = ["TurboQuantImpl"]
@@ -163,45 +163,31 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
         pages, fmt = self._pages(kv_cache)
         decodes, first = batch.num_decodes, batch.num_decode_tokens
         if decodes:
-            self.ops.decode(
-                query[:first],
+            several = batch.max_decode_query_len > 1
+            these = Decodes(
                 pages,
+                fmt,
                 batch.block_table[:decodes],
                 batch.seq_lens[:decodes],
-                fmt,
-                output[:first],
-                batch.query_start_loc[: decodes + 1] if batch.max_decode_query_len > 1 else None,
+                batch.query_start_loc[: decodes + 1] if several else None,
             )
+            self.ops.decode(query[:first], these, output[:first])
         if batch.num_prefills:
             rows = slice(first, batch.num_tokens)
-            requests = slice(decodes, decodes + batch.num_prefills)
             assert batch.prefill_start_loc is not None and batch.context_lens is not None
-            table = batch.block_table[requests]
-            host = (batch.prefill_query_lens, batch.prefill_context_lens)
+            new = Prefills(
+                pages,
+                fmt,
+                batch.block_table[decodes : decodes + batch.num_prefills],
+                batch.prefill_start_loc,
+                batch.context_lens,
+                batch.slot_mapping[rows],
+                batch.prefill_query_lens,
+                batch.prefill_context_lens,
+            )
             # A layer that shares another's cache may be given no keys of its own.
             if self.stored_prefill or self.kv_sharing_target_layer_name is not None:
-                self.ops.prefill_stored(
-                    query[rows],
-                    pages,
-                    table,
-                    batch.prefill_start_loc,
-                    batch.context_lens,
-                    batch.slot_mapping[rows],
-                    fmt,
-                    output[rows],
-                    host,
-                )
+                self.ops.prefill_stored(query[rows], new, output[rows])
             else:
-                self.ops.prefill(
-                    query[rows],
-                    key[rows],
-                    value[rows],
-                    pages,
-                    table,
-                    batch.prefill_start_loc,
-                    batch.context_lens,
-                    fmt,
-                    output[rows],
-                    host,
-                )
+                self.ops.prefill(query[rows], key[rows], value[rows], new, output[rows])
         return output

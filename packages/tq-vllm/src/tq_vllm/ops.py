@@ -29,10 +29,57 @@ from tq_vllm.dense import dense_attention
 if TYPE_CHECKING:
     from tq_kernels import PrefillPlan
 
-__all__ = ["EagerOps", "FusedOps", "LayerShape"]
+__all__ = ["Decodes", "EagerOps", "FusedOps", "LayerShape", "Prefills"]
 
 
-HostLengths = tuple[list[int] | None, list[int] | None]
+@dataclass(frozen=True, eq=False)
+class Decodes:
+    """Sequences whose few new tokens are stored already.
+
+    Attributes
+    ----------
+    pages : uint8 tensor [pages, kv_heads, record_bytes]
+    fmt : KVFormat
+    block_table : int32 tensor [sequences, max_pages]
+    seq_lens : int32 tensor [sequences]
+        Stored tokens, new ones included.
+    cu_query_lens : int32 tensor [sequences + 1], optional
+        Where the queries of each sequence start; not given: one each.
+    """
+
+    pages: Tensor
+    fmt: KVFormat
+    block_table: Tensor
+    seq_lens: Tensor
+    cu_query_lens: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class Prefills:
+    """Sequences with many new tokens, which are stored already too.
+
+    Attributes
+    ----------
+    pages, fmt, block_table
+        As of `Decodes`.
+    cu_query_lens : int32 tensor [sequences + 1]
+        Where the new tokens of each sequence start.
+    context_lens : int32 tensor [sequences]
+        Tokens that were stored before the new ones.
+    slots : int64 tensor [tokens]
+        Where the new tokens are stored.
+    query_lens_host, context_lens_host : list of int, optional
+        New and earlier tokens of each sequence, where they are known on the host.
+    """
+
+    pages: Tensor
+    fmt: KVFormat
+    block_table: Tensor
+    cu_query_lens: Tensor
+    context_lens: Tensor
+    slots: Tensor
+    query_lens_host: list[int] | None = None
+    context_lens_host: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +136,11 @@ class EagerOps:
         self.shape, self.sinks = shape, sinks
         self.key_center: Tensor | None = None
 
+    @property
+    def extras(self) -> dict[str, Any]:
+        """Tensors that all attention operations take."""
+        return {"sinks": self.sinks, "key_center": self.key_center}
+
     def centered(self, k: Tensor) -> Tensor:
         """Keys less the center."""
         return k if self.key_center is None else (k - self.key_center).to(k.dtype)
@@ -100,77 +152,41 @@ class EagerOps:
         """Compress keys and values [tokens, kv_heads, head_dim] into their slots."""
         store_ref(self.centered(k), v, pages, slots, fmt)
 
-    def decode(
-        self,
-        q: Tensor,
-        pages: Tensor,
-        block_table: Tensor,
-        seq_lens: Tensor,
-        fmt: KVFormat,
-        out: Tensor,
-        cu_query_lens: Tensor | None,
-    ) -> None:
+    def decode(self, q: Tensor, batch: Decodes, out: Tensor) -> None:
         """Attention of the last few tokens of sequences on what is stored, into ``out``."""
         result, _ = decode_ref(
             q,
-            pages,
-            block_table,
-            seq_lens,
-            fmt,
-            cu_query_lens=cu_query_lens,
-            sinks=self.sinks,
-            key_center=self.key_center,
+            batch.pages,
+            batch.block_table,
+            batch.seq_lens,
+            batch.fmt,
+            cu_query_lens=batch.cu_query_lens,
+            **self.extras,
             **self.shape.options,
         )
         out.copy_(result)
 
-    def prefill(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        pages: Tensor,
-        block_table: Tensor,
-        cu_query_lens: Tensor,
-        context_lens: Tensor,
-        fmt: KVFormat,
-        out: Tensor,
-        host: HostLengths = (None, None),
-    ) -> None:
-        """Attention of new tokens on each other and on what was stored before, into ``out``.
-
-        ``host``: new and stored tokens of each sequence, where they are known on the host.
-        """
+    def prefill(self, q: Tensor, k: Tensor, v: Tensor, batch: Prefills, out: Tensor) -> None:
+        """Attention of new tokens on each other and on what was stored before, into ``out``."""
         result, _ = prefill_ref(
             q,
             k,
             v,
-            pages,
-            block_table,
-            cu_query_lens,
-            context_lens,
-            fmt,
-            sinks=self.sinks,
-            key_center=self.key_center,
+            batch.pages,
+            batch.block_table,
+            batch.cu_query_lens,
+            batch.context_lens,
+            batch.fmt,
+            **self.extras,
             **self.shape.options,
         )
         out.copy_(result)
 
-    def prefill_stored(
-        self,
-        q: Tensor,
-        pages: Tensor,
-        block_table: Tensor,
-        cu_query_lens: Tensor,
-        context_lens: Tensor,
-        slots: Tensor,
-        fmt: KVFormat,
-        out: Tensor,
-        host: HostLengths = (None, None),
-    ) -> None:
+    def prefill_stored(self, q: Tensor, batch: Prefills, out: Tensor) -> None:
         """As ``prefill``, but new tokens see each other as they are stored in their slots."""
-        seq_lens = context_lens + cu_query_lens[1:] - cu_query_lens[:-1]
-        self.decode(q, pages, block_table, seq_lens, fmt, out, cu_query_lens)
+        starts = batch.cu_query_lens
+        seq_lens = batch.context_lens + starts[1:] - starts[:-1]
+        self.decode(q, Decodes(batch.pages, batch.fmt, batch.block_table, seq_lens, starts), out)
 
 
 @lru_cache(maxsize=16)
@@ -226,73 +242,39 @@ class FusedOps(EagerOps):
     def store(self, k: Tensor, v: Tensor, pages: Tensor, slots: Tensor, fmt: KVFormat) -> None:
         store(self.centered(k), v, pages, slots, fmt)
 
-    def decode(
-        self,
-        q: Tensor,
-        pages: Tensor,
-        block_table: Tensor,
-        seq_lens: Tensor,
-        fmt: KVFormat,
-        out: Tensor,
-        cu_query_lens: Tensor | None,
-    ) -> None:
-        longest = 1 if cu_query_lens is None else self.shape.max_decode_query_len
-        plan, lse = _decode_plan(self.shape, fmt, longest, q.dtype, q.device)
+    def decode(self, q: Tensor, batch: Decodes, out: Tensor) -> None:
+        longest = 1 if batch.cu_query_lens is None else self.shape.max_decode_query_len
+        plan, lse = _decode_plan(self.shape, batch.fmt, longest, q.dtype, q.device)
         plan.run(
             q,
-            pages,
-            block_table,
-            seq_lens,
+            batch.pages,
+            batch.block_table,
+            batch.seq_lens,
             out,
             lse[: q.shape[0]],
-            cu_query_lens=cu_query_lens,
-            sinks=self.sinks,
-            key_center=self.key_center,
+            cu_query_lens=batch.cu_query_lens,
+            **self.extras,
         )
 
-    def prefill(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        pages: Tensor,
-        block_table: Tensor,
-        cu_query_lens: Tensor,
-        context_lens: Tensor,
-        fmt: KVFormat,
-        out: Tensor,
-        host: HostLengths = (None, None),
-    ) -> None:
-        plan, lse = _prefill_plan(self.shape, fmt, q.dtype, q.device)
+    def prefill(self, q: Tensor, k: Tensor, v: Tensor, batch: Prefills, out: Tensor) -> None:
+        plan, lse = _prefill_plan(self.shape, batch.fmt, q.dtype, q.device)
         plan.run(
             q,
             k,
             v,
-            pages,
-            block_table,
-            cu_query_lens,
-            context_lens,
+            batch.pages,
+            batch.block_table,
+            batch.cu_query_lens,
+            batch.context_lens,
             out,
             lse[: q.shape[0]],
-            query_lens_host=host[0],
-            context_lens_host=host[1],
-            sinks=self.sinks,
-            key_center=self.key_center,
+            query_lens_host=batch.query_lens_host,
+            context_lens_host=batch.context_lens_host,
+            **self.extras,
         )
 
-    def prefill_stored(
-        self,
-        q: Tensor,
-        pages: Tensor,
-        block_table: Tensor,
-        cu_query_lens: Tensor,
-        context_lens: Tensor,
-        slots: Tensor,
-        fmt: KVFormat,
-        out: Tensor,
-        host: HostLengths = (None, None),
-    ) -> None:
-        k, v = dequantize(pages, slots, fmt, q.dtype)
+    def prefill_stored(self, q: Tensor, batch: Prefills, out: Tensor) -> None:
+        k, v = dequantize(batch.pages, batch.slots, batch.fmt, q.dtype)
         if self.key_center is not None:
             k = (k + self.key_center).to(k.dtype)
-        self.prefill(q, k, v, pages, block_table, cu_query_lens, context_lens, fmt, out, host)
+        self.prefill(q, k, v, batch, out)

@@ -308,9 +308,9 @@ def test_no_tensor_of_the_device_is_read_on_the_host(vllm_config, monkeypatch, p
     assert names == ["store", "decode", "prefill" if prefill == "exact" else "prefill_stored"]
     decode, last = ops.asked[1][1], ops.asked[2][1]
     assert decode[0].shape[0] == 2 + speculated
-    assert (decode[-1] is None) == (not speculated)
+    assert (decode[1].cu_query_lens is None) == (not speculated)
     assert last[0].shape[0] == 29
-    assert last[-1] == ([9, 20], [51, 0])
+    assert (last[-2].query_lens_host, last[-2].context_lens_host) == ([9, 20], [51, 0])
     with pytest.raises(RuntimeError, match="meta"):
         metadata.seq_lens.tolist()
 
