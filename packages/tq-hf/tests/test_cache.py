@@ -277,6 +277,28 @@ def test_skipped_layers_are_exact(trained: Any) -> None:
         assert hasattr(caches[0].layers[index], "history") is expected
 
 
+def test_bits_by_layer(model: Any, trained: Any) -> None:
+    caches = pair(model, layer_bits={0: (8, 2), -1: (3, 4)})
+    check_equal(model, text_ids(trained, 130), caches, [90, *[1] * 40])
+    check_held(*caches)
+    formats = [(x.fmt.k_bits, x.fmt.v_bits) for x in caches[0].layers]
+    assert formats == [(8, 2), (3, 4)]
+    coded = sum(x.history.tokens for x in caches[0].layers) // 2
+    assert caches[0].memory_usage().code_bytes == 2 * coded * (164 + 116)
+
+
+def test_a_layer_of_16_bits_is_a_skipped_layer(trained: Any) -> None:
+    model = trained[0]
+    model.set_attn_implementation("sdpa")
+    center = {0: torch.randn(2, 128), 1: torch.randn(2, 128)}
+    kinds = [
+        [type(layer) for layer in TurboQuantCache(model.config, key_center=center, **given).layers]
+        for given in ({"layer_bits": {-1: (16, 16)}}, {"skip_layers": (1,)})
+    ]
+    assert kinds[0] == kinds[1]
+    assert kinds[0][0] is not kinds[0][1]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["sdpa", "eager", "turboquant"])
 def test_other_types(dtype: torch.dtype, name: str) -> None:

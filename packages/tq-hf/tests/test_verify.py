@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -19,9 +20,10 @@ from tq_hf.verify.measure import history_bytes, measure
 from tq_hf.verify.predictions import baseline_factory, compare_predictions
 from tq_hf.verify.report import DEFAULT_THRESHOLDS, Report, parse_thresholds
 from tq_hf.verify.scores import TokenScores, compare_logits, summarize
-from tq_hf.verify.sweep import LayerSensitivity, layers_to_keep, sweep_layers
+from tq_hf.verify.sweep import LayerSensitivity, propose_bits, sweep_layers
 from tq_hf.verify.tasks import TaskCell, copy_cells, retrieval_cells, task_sizes
 from tq_hf.verify.texts import load_any_model, read_texts, start_token, token_windows
+from tq_kernels import KVFormat
 
 pytest.importorskip("typer")
 import typer
@@ -223,26 +225,56 @@ def test_a_sweep_compresses_one_layer_at_a_time(plain: Any, windows: Any) -> Non
     model, _ = plain
     make = baseline_factory(model.config, "model")
 
-    def only(layer: int) -> Any:
-        return TurboQuantCache(model.config, 3, 3, skip_layers=[1 - layer])
+    def only(layer: int, k_bits: int, v_bits: int) -> Any:
+        return TurboQuantCache(model.config, k_bits, v_bits, skip_layers=[1 - layer])
 
     found = sweep_layers(model, windows, [0, 1], make, only)
     assert [x.layer for x in found] == [0, 1]
     both = lambda: TurboQuantCache(model.config, 3, 3)  # noqa: E731
     together = summarize(x for x, _ in compare_predictions(model, windows, make, both)).kl_mean
-    assert min(x.kl for x in found) > 0
-    assert max(x.kl for x in found) < together
+    parts = [half[3] for x in found for half in (x.k_kl, x.v_kl)]
+    assert min(parts) > 0
+    assert max(parts) < together < 2 * sum(parts)
+    assert all(half[2] > half[3] for x in found for half in (x.k_kl, x.v_kl))
 
 
-def test_a_budget_keeps_the_most_sensitive_layers() -> None:
-    found = [LayerSensitivity(i, kl) for i, kl in enumerate((0.01, 0.03, 0.002, 0.02))]
-    assert layers_to_keep(found, 100, 500, 400) == ()
-    assert layers_to_keep(found, 100, 500, 799) == ()
-    assert layers_to_keep(found, 100, 500, 800) == (1,)
-    assert layers_to_keep(found, 100, 500, 1200) == (1, 3)
-    assert layers_to_keep(found, 100, 500, 1e9) == (0, 1, 2, 3)
-    with pytest.raises(TQError, match="400"):
-        layers_to_keep(found, 100, 500, 399)
+def sensitivity(layer: int, k_kl: float, v_kl: float) -> LayerSensitivity:
+    """Two bits lose five times as much as three."""
+    return LayerSensitivity(layer, {2: 5 * k_kl, 3: k_kl}, {2: 5 * v_kl, 3: v_kl})
+
+
+def loss(found: LayerSensitivity, k_bits: int, v_bits: int) -> float:
+    """Divergence of a layer, written out."""
+    error = {n: KVFormat(128, n, n).k_codebook.mse for n in (3, 4, 8)}
+    share = {n: e / error[3] for n, e in error.items()} | {2: 5.0, 16: 0.0}
+    return found.k_kl[3] * share[k_bits] + found.v_kl[3] * share[v_bits]
+
+
+def size(pair: tuple[int, int]) -> int:
+    return 512 if pair == (16, 16) else KVFormat(128, *pair).slot_bytes
+
+
+@pytest.mark.parametrize("budget", [204, 230, 316, 396, 500, 900, 1400, 1e9])
+def test_a_budget_buys_the_bits_that_help_most(budget: float) -> None:
+    found = [sensitivity(i, k, v) for i, k, v in ((0, 1.0, 9.0), (1, 5.0, 0.1), (4, 0.2, 0.3))]
+    bits = propose_bits(found, dict.fromkeys((0, 1, 4), (1, 128)), budget)
+    assert list(bits) == [0, 1, 4]
+    assert sum(size(pair) for pair in bits.values()) <= budget
+    pairs = [*itertools.product((2, 3, 4, 8), repeat=2), (16, 16)]
+    least = min(
+        sum(loss(s, *pair) for s, pair in zip(found, choice, strict=True))
+        for choice in itertools.product(pairs, repeat=3)
+        if sum(map(size, choice)) <= budget
+    )
+    got = sum(loss(s, *bits[s.layer]) for s in found)
+    assert got == pytest.approx(least, rel=1e-12, abs=1e-15)
+
+
+def test_a_budget_below_two_bits_is_refused() -> None:
+    found = [sensitivity(0, 1.0, 1.0), sensitivity(1, 1.0, 1.0)]
+    for budget in (2 * 68 * 2 - 1, float("nan")):
+        with pytest.raises(TQError, match="272"):
+            propose_bits(found, {0: (2, 128), 1: (2, 128)}, budget)
 
 
 # Report
@@ -360,7 +392,7 @@ def test_measure_on_a_small_model(plain: Any, windows: Any) -> None:
         limits={"kl": 10.0},
         tasks=False,
         sweep=True,
-        budget=2 * 2 * 116 + 2 * (512 - 116),
+        budget=2 * 2 * 116,
         new_tokens=4,
         progress=lambda what, _: steps.append(what),
     )
@@ -369,8 +401,11 @@ def test_measure_on_a_small_model(plain: Any, windows: Any) -> None:
     assert found.scores.tokens == 192
     assert len(found.divergence) == 2
     assert all(0 <= n <= 4 for n in found.divergence)
-    worst = max(found.sweep, key=lambda s: s.kl).layer
-    assert found.keep_layers == [worst]
+    assert found.layer_bits is not None
+    cache = TurboQuantCache(model.config, layer_bits=found.layer_bits)
+    cache.update(torch.zeros(1, 2, 80, 128), torch.zeros(1, 2, 80, 128), 0)
+    cache.update(torch.zeros(1, 2, 80, 128), torch.zeros(1, 2, 80, 128), 1)
+    assert history_bytes(cache.layers)[0] <= 2 * 2 * 116
     assert found.failures() == []
     assert set(steps) == {"layers", "predictions", "generation", "sweep"}
 
@@ -421,6 +456,25 @@ def test_a_model_with_large_key_biases_fails_and_is_rescued_by_centring(tmp_path
     assert png.read_bytes().startswith(b"\x89PNG")
 
 
+def test_what_a_sweep_proposes_can_be_run(tmp_path: Path) -> None:
+    out, again = tmp_path / "sweep.json", tmp_path / "again.json"
+    quick = ("--tokens", "128", "--windows", "1", "--no-tasks", "--generate", "0", "--chunk", "64")
+    budget = 6 * 2 * 100
+    swept = run("verify", "tiny", *quick, "--sweep", "--budget", str(budget), "--json", str(out))
+    assert swept.exit_code == 0, swept.output
+    bits = {int(i): tuple(pair) for i, pair in json.loads(out.read_text())["layer_bits"].items()}
+    assert len(bits) == 6
+    assert len(set(bits.values())) > 1
+    shown = ",".join(f"{i}={k}/{v}" for i, (k, v) in bits.items())
+    assert f"--layer-bits {shown}" in swept.output
+    made = run("verify", "tiny", *quick, "--layer-bits", str(out), "--json", str(again))
+    assert made.exit_code == 0, made.output
+    numbers = json.loads(again.read_text())
+    size = sum(2 * KVFormat(128, *pair).slot_bytes for pair in bits.values())
+    assert numbers["bytes_per_token"] == size <= budget
+    assert {int(i): tuple(pair) for i, pair in numbers["cache"]["layer_bits"].items()} == bits
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -430,6 +484,9 @@ def test_a_model_with_large_key_biases_fails_and_is_rescued_by_centring(tmp_path
         (("tiny", "--budget", "900"), "--sweep"),
         (("tiny", "--threshold", "fast=1"), "NAME=NUMBER"),
         (("tiny", "--skip-layers", "a"), "--skip-layers"),
+        (("tiny", "--layer-bits", "missing.json"), "missing.json"),
+        (("tiny", "--layer-bits", "0=5"), "2, 3, 4 or 8"),
+        (("tiny", "--layer-bits", "9=8/4"), "layer 9"),
         (("tiny", "--dataset", "missing.txt"), "missing.txt"),
         (("tiny", "--key-center", "missing.safetensors"), "tq calibrate"),
         (("./missing/model",), "./missing/model"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from tq_kernels.presets import find_preset
 from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
 from tq_hf.attention import register
+from tq_hf.bits import EXACT, layer_bits_checked, read_layer_bits
 from tq_hf.layer import CompressedLayer, LayerOptions
 from tq_hf.memory import MemoryUsage, measure_memory
 from tq_hf.model_layers import ModelLayer, leaves_shared_states, model_layers, text_config
@@ -55,11 +56,14 @@ class TurboQuantCache(Cache):
         Last tokens kept as they came, and up to 15 more, since tokens are encoded 16 at a time.
     skip_layers : sequence of int
         Layers that are not compressed; negative numbers count from the end.
+    layer_bits : mapping of int to pair of int
+        Bits of keys and values of single layers, in place of ``k_bits`` and ``v_bits``;
+        ``(16, 16)`` leaves a layer as it is.
     rotation, rounds, seed, scale
         See `tq_kernels.KVFormat`.
     key_center : mapping of int to float tensor [kv_heads, head_dim], or tensor of all layers
         Subtracted from the keys of a layer before they are encoded, for models whose keys have a
-        large common part.
+        large common part. Layers at 16 bits take none.
     offloading : bool
         Keep all layers but the one at work on the CPU, as ``DynamicCache(offloading=True)`` does.
 
@@ -90,6 +94,7 @@ class TurboQuantCache(Cache):
         sink_tokens: int = 4,
         window_tokens: int = 32,
         skip_layers: Sequence[int] = (),
+        layer_bits: Mapping[int, Sequence[int]] | None = None,
         rotation: RotationName = "hadamard",
         rounds: int = 3,
         seed: int = 0,
@@ -103,32 +108,36 @@ class TurboQuantCache(Cache):
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise TQError(f"{name}={value!r}: needs an int of 0 or more")
         skipped = _skipped(skip_layers, len(found))
-        compressed = [
-            i
-            for i, layer in enumerate(found)
-            if layer.kind in ("full", "hybrid") and i not in skipped
-        ]
+        able = [i for i, layer in enumerate(found) if layer.kind in ("full", "hybrid")]
+        own_bits = layer_bits_checked(layer_bits or {}, len(found), set(able) - skipped)
+        skipped |= {i for i, pair in own_bits.items() if pair == EXACT}
+        compressed = [i for i in able if i not in skipped]
         if not compressed:
             raise TQError(
-                f"{text.model_type} with skip_layers={tuple(skip_layers)} has no layer left to "
+                f"{text.model_type} with layers {sorted(skipped)} at 16 bits has no layer left to "
                 "compress (only full attention is); use DynamicCache(config=config)"
             )
-        fmt = _format(
-            text.model_type,
-            [found[i] for i in compressed],
-            k_bits=k_bits,
-            v_bits=v_bits,
-            rotation=rotation,
-            rounds=rounds,
-            seed=seed,
-            scale=scale,
-        )
+        bits = {i: own_bits.get(i, (k_bits, v_bits)) for i in compressed}
+        common = {"rotation": rotation, "rounds": rounds, "seed": seed, "scale": scale}
+        _format(text.model_type, [found[i] for i in compressed], k_bits, v_bits, common)
+        formats = {
+            pair: _format(
+                text.model_type,
+                [found[i] for i in compressed if bits[i] == pair],
+                *pair,
+                common,
+            )
+            for pair in dict.fromkeys(bits.values())
+        }
         if offloading and not torch.cuda.is_available():
             raise TQError("offloading=True: needs a CUDA device; leave it out")
-        centers = _centers(key_center, compressed)
-        options = LayerOptions(fmt, sink_tokens, window_tokens, text)
+        centers = _centers(key_center, compressed, skipped)
+        options = {
+            pair: LayerOptions(fmt, sink_tokens, window_tokens, text)
+            for pair, fmt in formats.items()
+        }
         layers = [
-            _compressed(layer, options, centers.get(i)) if i in compressed else layer.make()
+            _compressed(layer, options[bits[i]], centers.get(i)) if i in bits else layer.make()
             for i, layer in enumerate(found)
         ]
         self._arguments = {
@@ -137,6 +146,7 @@ class TurboQuantCache(Cache):
             "sink_tokens": sink_tokens,
             "window_tokens": window_tokens,
             "skip_layers": sorted(skipped),
+            "layer_bits": {str(i): list(own_bits[i]) for i in sorted(own_bits) if i in bits},
             "rotation": rotation,
             "rounds": rounds,
             "seed": seed,
@@ -240,6 +250,7 @@ class TurboQuantCache(Cache):
             raise TQError(f"{path} has options {sorted(arguments)}: needs {sorted(names)}")
         if not isinstance(arguments["skip_layers"], list):
             raise TQError(f"{path} has skip_layers={arguments['skip_layers']!r}: needs a list")
+        arguments["layer_bits"] = read_layer_bits(arguments["layer_bits"], str(path))
         rounds = arguments["rounds"]
         if not isinstance(rounds, int) or rounds > _MOST_ROUNDS:
             raise TQError(f"{path} has rounds={rounds!r}: needs an int of at most {_MOST_ROUNDS}")
@@ -272,12 +283,14 @@ def _skipped(skip_layers: Sequence[int], count: int) -> set[int]:
     return {index % count for index in skip_layers}
 
 
-def _format(model_type: str, layers: Sequence[ModelLayer], **options: Any) -> KVFormat:
+def _format(
+    model_type: str, layers: Sequence[ModelLayer], k_bits: int, v_bits: int, common: dict[str, Any]
+) -> KVFormat:
     """The format of the first layer, after building those of all."""
     formats = []
     for dim in dict.fromkeys(layer.head_dim for layer in layers):
         try:
-            formats.append(KVFormat(128 if dim is None else dim, **options))
+            formats.append(KVFormat(128 if dim is None else dim, k_bits, v_bits, **common))
         except TQError as error:
             if dim is not None and (dim % 16 or not 16 <= dim <= 256):
                 raise TQError(
@@ -289,7 +302,9 @@ def _format(model_type: str, layers: Sequence[ModelLayer], **options: Any) -> KV
 
 
 def _centers(
-    key_center: Mapping[int, Tensor] | Tensor | None, compressed: Sequence[int]
+    key_center: Mapping[int, Tensor] | Tensor | None,
+    compressed: Sequence[int],
+    skipped: Collection[int],
 ) -> dict[int, Tensor]:
     if key_center is None:
         return {}
@@ -302,6 +317,6 @@ def _centers(
             raise TQError(f"key_center[{index}] is not finite: recompute it")
         if index in compressed:
             centers[index] = center.detach().to(torch.float32).clone()
-        elif isinstance(key_center, Mapping):
+        elif isinstance(key_center, Mapping) and index not in skipped:
             raise TQError(f"key_center has layer {index}, which is not compressed; leave it out")
     return centers

@@ -46,7 +46,8 @@ def draw(report: Report, path: Path) -> None:
     s = report.scores
     low, high = s.change_interval
     lines = (
-        f"{report.model}, K{report.cache['k_bits']}V{report.cache['v_bits']}",
+        f"{report.model}, K{report.cache['k_bits']}V{report.cache['v_bits']}"
+        + (", bits by layer" if report.cache.get("layer_bits") else ""),
         f"{report.bytes_per_token:,.0f} bytes a token, {report.ratio:.2f}x smaller",
         f"perplexity {s.base_perplexity:.3f} to {s.perplexity:.3f}",
         f"change {s.change:+.2%} ({low:+.2%} to {high:+.2%})",

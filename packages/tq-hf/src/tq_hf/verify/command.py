@@ -63,6 +63,13 @@ def verify(
     skip_layers: Annotated[
         str | None, typer.Option(help="Layers kept at 16 bits, such as 0,-1.")
     ] = None,
+    layer_bits: Annotated[
+        str | None,
+        typer.Option(
+            help="Bits of single layers, such as 0=3/4,4=8/4,5=16 (keys/values), or a JSON file "
+            "of them, such as the report of a sweep."
+        ),
+    ] = None,
     key_center: Annotated[
         Path | None, typer.Option(help="Key centers that `tq calibrate` wrote.")
     ] = None,
@@ -90,7 +97,7 @@ def verify(
     generate: Annotated[int, typer.Option(min=0, help="Tokens to generate a prompt.")] = 48,
     sweep: Annotated[bool, typer.Option(help="Compress one layer at a time, too.")] = False,
     budget: Annotated[
-        float | None, typer.Option(help="Bytes a token, to propose --skip-layers for.")
+        float | None, typer.Option(help="Bytes a token, to propose --layer-bits for.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the tasks.")] = 0,
     threshold: Annotated[
@@ -120,6 +127,7 @@ def verify(
         try:
             from tq_core import TQError
 
+            from tq_hf.bits import parse_layer_bits
             from tq_hf.verify.calibration import read_centers
             from tq_hf.verify.measure import measure
             from tq_hf.verify.report import parse_thresholds
@@ -134,6 +142,7 @@ def verify(
                 "sink_tokens": sinks,
                 "window_tokens": window,
                 "skip_layers": None if skip_layers is None else _numbers(skip_layers),
+                "layer_bits": None if layer_bits is None else parse_layer_bits(layer_bits),
                 "key_center": None if key_center is None else read_centers(key_center),
             }
             with warnings.catch_warnings(record=True) as caught:
@@ -178,9 +187,9 @@ def verify(
     console = Console()
     for table in tables(report):
         console.print(table)
-    if report.keep_layers is not None:
-        kept = ",".join(map(str, report.keep_layers)) or "none"
-        console.print(f"within {budget:g} bytes a token: --skip-layers {kept}")
+    if report.layer_bits is not None:
+        items = ",".join(f"{i}={k}/{v}" for i, (k, v) in report.layer_bits.items())
+        console.print(f"within {budget:g} bytes a token: --layer-bits {items}", highlight=False)
     failures = report.failures()
     for line in failures:
         console.print(f"missed: {line}", style="red", highlight=False)

@@ -23,7 +23,7 @@ from tq_hf.verify.layers import measure_layers
 from tq_hf.verify.predictions import baseline_factory, compare_predictions
 from tq_hf.verify.report import Report
 from tq_hf.verify.scores import summarize
-from tq_hf.verify.sweep import layers_to_keep, sweep_layers
+from tq_hf.verify.sweep import propose_bits, sweep_layers
 from tq_hf.verify.tasks import copy_cells, retrieval_cells, task_sizes
 
 __all__ = ["history_bytes", "measure"]
@@ -121,7 +121,7 @@ def measure(
     sweep : bool
         Whether to measure the sensitivity of each layer.
     budget : float, optional
-        Bytes a token in all layers, for which the sweep proposes layers to keep at 16 bits.
+        Bytes a token in all layers, for which the sweep proposes bits of each layer.
     seed : int
         Seed of the tasks.
     progress : callable
@@ -184,24 +184,24 @@ def measure(
     if model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.eos_token_id
     found = _divergence(model, starts if new_tokens else [], make_base, make_cache, new_tokens)
-    sensitivities, keep = [], None
+    sensitivities, proposed = [], None
     if sweep:
         progress("sweep", 0.0)
         numbers = [x.layer for x in layers]
-        every = set(range(len(make_cache().layers)))
-        sensitivities = sweep_layers(
-            model,
-            windows[:2],
-            numbers,
-            make_base,
-            lambda layer: make_cache(skip_layers=sorted(every - {layer})),
-            chunk,
-        )
+
+        def only(layer: int, k_bits: int, v_bits: int) -> TurboQuantCache:
+            rest = [i for i in range(len(cache.layers)) if i != layer]
+            bits = {"k_bits": k_bits, "v_bits": v_bits, "skip_layers": rest, "layer_bits": None}
+            centers = options.get("key_center")
+            if centers is not None:
+                bits["key_center"] = {layer: centers[layer]}
+            return make_cache(**bits)
+
+        sensitivities = sweep_layers(model, windows[:2], numbers, make_base, only, chunk)
         if budget is not None:
-            small, large = history_bytes(cache.layers[i] for i in numbers)
-            count = len(numbers)
-            room = budget - (coded - small)
-            keep = list(layers_to_keep(sensitivities, small / count, large / count, room))
+            small, _ = history_bytes(cache.layers[i] for i in numbers)
+            shapes = {i: cache.layers[i].snapshot().shape[1::2] for i in numbers}
+            proposed = propose_bits(sensitivities, shapes, budget - (coded - small))
     return Report(
         model=name,
         baseline=baseline,
@@ -224,6 +224,6 @@ def measure(
         },
         seconds=time.perf_counter() - start,
         sweep=sensitivities,
-        keep_layers=keep,
+        layer_bits=proposed,
         harness=outside,
     )

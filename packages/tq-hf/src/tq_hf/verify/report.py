@@ -83,8 +83,8 @@ class Report:
     generated : int
         Tokens generated a prompt.
     sweep : list of LayerSensitivity
-    keep_layers : list of int or None
-        What the sweep proposes to keep at 16 bits.
+    layer_bits : dict of int to pair of int, or None
+        Bits of keys and values of each layer that the sweep proposes for the budget.
     harness : list of HarnessScore
         Of lm-evaluation-harness.
     limits : dict
@@ -109,7 +109,7 @@ class Report:
     versions: dict[str, str]
     seconds: float
     sweep: list[LayerSensitivity] = field(default_factory=list)
-    keep_layers: list[int] | None = None
+    layer_bits: dict[int, tuple[int, int]] | None = None
     harness: list[HarnessScore] = field(default_factory=list)
 
     @property

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from rich.table import Table
 
 from tq_hf.verify.report import Report
+from tq_hf.verify.sweep import SWEPT_BITS
 
 __all__ = ["tables"]
 
@@ -74,8 +75,15 @@ def tables(report: Report) -> Iterator[Table]:
             table.add_row(h.task, h.metric, f"{h.base:.4f}", f"{h.value:.4f}")
         yield table
     if report.sweep:
-        table = _table("One layer compressed at a time", "layer", "divergence, nats")
+        proposed = report.layer_bits or {}
+        halves = ("keys", "values")
+        names = ["layer", *(f"{bits}-bit {half}" for half in halves for bits in SWEPT_BITS)]
+        names += ["proposed bits"] if proposed else []
+        table = _table("Divergence in nats with codes in one layer only", *names)
         for x in report.sweep:
-            table.add_row(str(x.layer), f"{x.kl:.6f}")
+            pair = proposed.get(x.layer)
+            bits = () if pair is None else (f"{pair[0]} / {pair[1]}",)
+            found = (f"{half[n]:.6f}" for half in (x.k_kl, x.v_kl) for n in SWEPT_BITS)
+            table.add_row(str(x.layer), *found, *bits)
         yield table
     yield _whole(report)
