@@ -7,7 +7,8 @@ Writes ``results/quality-MODEL.json``; with ``--retrieval`` instead
 1,024 tokens of held-out text in one pass, each query seeing old tokens rounded and the first 4 and
 the last 32 to 47 as they came, with the unbiased scale (unless the configuration says otherwise). One text of each package
 in turn; the first 64 predictions of a window are not scored. Calibrated centers come from the
-held-out text of einops, which is not measured. Runs on one CPU core in about 15 minutes a model.
+held-out text of einops, which is not measured; so do metrics of error feedback and bits by layer.
+Runs on one CPU core in about 25 minutes a model.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import argparse
 import json
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,11 @@ import torch
 import transformers
 from rich.progress import track
 from torch import Tensor
+from tq_hf import TurboQuantCache
 from tq_hf.models import held_out_text, load_model, retrieval_tasks
 from tq_hf.verify.calibration import bias_centers, key_centers, key_value_states
+from tq_hf.verify.feedback import error_metrics
+from tq_hf.verify.layers import measure_layers
 from tq_hf.verify.roundings import (
     exact,
     fp8,
@@ -38,6 +43,7 @@ from tq_hf.verify.roundings import (
 )
 from tq_hf.verify.scores import compare_logits, summarize
 from tq_hf.verify.simulate import RoundedHistory, rounded
+from tq_hf.verify.sweep import SWEPT_BITS, LayerSensitivity, propose_bits
 from tq_hf.verify.texts import CALIBRATION, builtin_texts, token_windows
 from tq_kernels import KVFormat
 
@@ -53,6 +59,8 @@ ROTATIONS = {
 }
 ENDS = ((0, 0), (4, 0), (0, 32), (4, 32), (4, 128))
 BOUNDARIES = ((), (0,), (0, -1), (0, 1, -2, -1))
+#: Bytes of a token and KV head that bits by layer are proposed for.
+BUDGETS = (136, 132, 116, 100, 84, 76)
 RETRIEVED = ("K4V4", "K3V3", "K3V2", "K2V2", "INT4 + Hadamard", "vLLM turboquant_3bit_nc", "KIVI 2")
 RETRIEVAL_LENGTHS = (1024, 1536)
 RETRIEVAL_DEFINITIONS = 32
@@ -91,6 +99,12 @@ def settings(model: Any, tokenizer: Any) -> Settings:
     biased = model.config.model_type == "qwen2"
     usual = centers if biased else None
     out = Settings()
+    metrics = error_metrics(model, windows)
+    everywhere = [(16, 16)] * layers
+
+    def one_layer(layer: int, k: int, v: int) -> RoundedHistory:
+        bits = [*everywhere[:layer], (k, v), *everywhere[layer + 1 :]]
+        return turboquant(KVFormat(dim), centers=usual, layer_bits=bits)
 
     def put(group: str, k: int, v: int, label: str = "", **options: Any) -> None:
         given = {"scale": "unbiased"} | options
@@ -130,7 +144,7 @@ def settings(model: Any, tokenizer: Any) -> Settings:
             label = "" if (sinks, window) == (4, 32) else f"{sinks} sinks, window {window}"
             ends = {"sink_tokens": sinks, "window_tokens": window}
             put("ends", bits, bits, label, show=ends, **ends)
-    for bits in (3, 2):
+    for bits in (4, 3, 2):
         for skipped in BOUNDARIES:
             label = f"layers {', '.join(map(str, skipped))} at 16 bits" if skipped else ""
             show = {"kept": list(skipped)}
@@ -139,6 +153,31 @@ def settings(model: Any, tokenizer: Any) -> Settings:
         for name, label in (("none", "centre none"), ("calibration", "")):
             source = None if name == "none" else centers
             put("centring", 8, 4, label, centers=source, show={"centring": name})
+    for layer in range(layers):
+        for half in ("keys", "values"):
+            for bits in (4, 3, 2):
+                pair = (bits, 16) if half == "keys" else (16, bits)
+                name = f"layer {layer}, {half} at {bits} bits"
+                show = {"layer": layer, "half": half, "bits": bits}
+                out.put("decomposition", name, one_layer(layer, *pair), **show)
+    found = sensitivities(model, windows, one_layer)
+    shapes = dict.fromkeys(range(layers), (1, dim))
+    for budget in BUDGETS:
+        pairs = [*propose_bits(found, shapes, budget * layers).values()]
+        show = {"budget": budget, "layer_bits": [list(pair) for pair in pairs]}
+        for given in (None, metrics):
+            label = ", error feedback" if given else ""
+            history = turboquant(KVFormat(dim), centers=usual, layer_bits=pairs, metrics=given)
+            name = f"bits by layer, {budget} bytes{label}"
+            out.put("feedback" if given else "schedule", name, history, **show)
+    for bits in (4, 3, 2):
+        put("schedule", bits, bits)
+        put("feedback", bits, bits)
+        history = turboquant(KVFormat(dim, bits, bits), centers=usual, metrics=metrics)
+        name = f"K{bits}V{bits}, error feedback"
+        out.put("feedback", name, history, budget=None)
+    put("schedule", 4, 3)
+    put("schedule", 3, 2)
     pairs = ((8, 8), (8, 4), (4, 4), (4, 3), (3, 4), (3, 3), (4, 2), (2, 4), (3, 2), (2, 3), (2, 2))
     for k, v in pairs:
         put("bits", k, v)
@@ -162,9 +201,59 @@ def settings(model: Any, tokenizer: Any) -> Settings:
     if biased:
         rivals["INT4 + Hadamard, centred as ours"] = integers(dim, 4, centers=centers)
         rivals["FP8 e4m3, centred as ours"] = fp8(dim, centers=centers)
+        centred = {i: (k - centers[i][:, None], v) for i, (k, v) in calibration.items()}
+        for rate in (3.5, 2.5):
+            for scale, label in (("unbiased", ""), ("none", " as the paper,")):
+                history = outliers(centred, rate, scale=scale, centers=centers)
+                rivals[f"outlier channels, {rate} bits,{label} centred as ours"] = history
     for name, history in rivals.items():
         out.put("rivals", name, history)
+    for sinks, window in ((4, 32), (0, 0)):
+        ends = {"sink_tokens": sinks, "window_tokens": window}
+        label = "" if sinks else ", 0 sinks, window 0"
+        center = ", centred as ours" if biased else ""
+        history = integers(dim, 4, centers=usual, **ends)
+        out.put("ends", f"INT4 + Hadamard{center}{label}", history, **ends)
     return out
+
+
+def sensitivities(
+    model: Any, windows: list[Tensor], one_layer: Callable[[int, int, int], RoundedHistory]
+) -> list[LayerSensitivity]:
+    """What `tq_hf.verify.sweep.sweep_layers` finds, on calibration text."""
+    base = [logits(model, ids[:, :-1], None)[0] for ids in windows]
+
+    def divergence(layer: int, k_bits: int, v_bits: int) -> float:
+        history = one_layer(layer, k_bits, v_bits)
+        others = (logits(model, ids[:, :-1], history)[0] for ids in windows)
+        parts = [
+            compare_logits(a[UNSCORED:], b[UNSCORED:], ids[0, UNSCORED + 1 :])
+            for a, b, ids in zip(base, others, windows, strict=True)
+        ]
+        return summarize(parts).kl_mean
+
+    return [
+        LayerSensitivity(
+            layer,
+            {bits: divergence(layer, bits, 8) for bits in SWEPT_BITS},
+            {bits: divergence(layer, 8, bits) for bits in SWEPT_BITS},
+        )
+        for layer in range(model.config.num_hidden_layers)
+    ]
+
+
+def layer_cosines(model: Any, tokenizer: Any) -> Iterator[dict[str, Any]]:
+    """Cosines of each layer's keys and values with what they were, every token as a code."""
+    windows = token_windows(tokenizer, [held_out_text(CALIBRATION)], WINDOW, 4)
+    centers = key_centers(model, windows) if model.config.model_type == "qwen2" else None
+    texts = [ids[:, :-1] for ids in token_windows(tokenizer, builtin_texts(), WINDOW, 2)]
+    for k, v in ((4, 4), (4, 3)):
+        options = {"sink_tokens": 0, "window_tokens": 0, "key_center": centers}
+        cache = partial(TurboQuantCache, model.config, k, v, **options)
+        yield {
+            "name": f"K{k}V{v}",
+            "layers": [asdict(x) for x in measure_layers(model, texts, cache)],
+        }
 
 
 @torch.no_grad()
@@ -316,6 +405,9 @@ def main() -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     for row in rows:
         report["configurations"].append(significant(row))
+        out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if not given.retrieval:
+        report["layers"] = significant(list(layer_cosines(model, tokenizer)))
         out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 

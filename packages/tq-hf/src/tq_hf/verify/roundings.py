@@ -11,7 +11,7 @@ vLLM's ``int4_per_token_head``, ``fp8`` and ``turboquant_*`` cache types.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -25,6 +25,8 @@ from tq_kernels import KVFormat, decode_tokens, encode_tokens
 from tq_kernels.codec import Kind
 from tq_kernels.format import ScaleName
 
+from tq_hf.bits import EXACT
+from tq_hf.verify.feedback import encode_with_feedback
 from tq_hf.verify.simulate import RoundedHistory, Rounding
 
 __all__ = [
@@ -61,7 +63,13 @@ def _subtracted(keys: Rounding, centers: Centers) -> Rounding:
 
 
 def turboquant(
-    fmt: KVFormat, *, centers: Centers = None, own_seeds: bool = False, **options: Any
+    fmt: KVFormat,
+    *,
+    centers: Centers = None,
+    own_seeds: bool = False,
+    layer_bits: Sequence[tuple[int, int]] | None = None,
+    metrics: Mapping[int, tuple[Tensor, Tensor]] | None = None,
+    **options: Any,
 ) -> RoundedHistory:
     """TurboQuant's codes, encoded and decoded by tq-kernels.
 
@@ -73,21 +81,48 @@ def turboquant(
         after the sinks of the text itself.
     own_seeds : bool
         A rotation of its own for every layer, keys and values apart.
+    layer_bits : sequence of pair of int, optional
+        Bits of keys and values of every layer, in place of the format's; here 16 may stand for
+        one half of a layer alone.
+    metrics : mapping of int to pair of tensors, optional
+        Of `tq_hf.verify.feedback.error_metrics`, to encode with error feedback.
     options
         Of `RoundedHistory`.
     """
 
     def code(x: Tensor, layer: int, kind: Kind) -> Tensor:
         own = replace(fmt, seed=2 * layer + (kind == "v") + 1) if own_seeds else fmt
+        half = 0 if kind == "k" else 1
+        if layer_bits is not None:
+            bits = layer_bits[layer][half]
+            if bits == EXACT[half]:
+                return x
+            own = replace(own, k_bits=bits, v_bits=bits)
         wide = torch.promote_types(x.dtype, torch.float32)
-        return decode_tokens(encode_tokens(x, own, kind), own, kind, wide)
+        if metrics is None:
+            codes = encode_tokens(x, own, kind)
+        else:
+            codes = encode_with_feedback(x, own, kind, metrics[layer][half])
+        return decode_tokens(codes, own, kind, wide)
 
     return RoundedHistory(
         _subtracted(lambda x, layer: code(x, layer, "k"), centers),
         lambda x, layer: code(x, layer, "v"),
-        fmt.slot_bytes,
+        fmt.slot_bytes if layer_bits is None else _mean_slot(fmt, layer_bits),
         **options,
     )
+
+
+def _mean_slot(fmt: KVFormat, layer_bits: Sequence[tuple[int, int]]) -> float:
+    """Bytes of a token and KV head, averaged over layers."""
+    halves = [
+        2 * fmt.head_dim
+        if bits == EXACT[0]
+        else replace(fmt, k_bits=bits, v_bits=bits).slot_bytes / 2
+        for pair in layer_bits
+        for bits in pair
+    ]
+    return sum(halves) / len(layer_bits)
 
 
 def uniform(x: Tensor, bits: int) -> Tensor:
@@ -184,6 +219,7 @@ def outliers(
     rate: float,
     *,
     scale: ScaleName = "unbiased",
+    centers: Centers = None,
     **options: Any,
 ) -> RoundedHistory:
     """The paper's fractional rates: channels of most energy get one more bit (section 4.3).
@@ -196,6 +232,8 @@ def outliers(
         Bits a number, both scales included.
     scale : str
         Of both groups of channels; the paper's is ``none``.
+    centers
+        As `turboquant`'s; subtract them from the calibration keys as well.
     options
         Of `RoundedHistory`.
     """
@@ -217,7 +255,7 @@ def outliers(
 
     head_dim = next(iter(calibration.values()))[0].shape[-1]
     return RoundedHistory(
-        lambda x, layer: rounding(x, layer, 0),
+        _subtracted(lambda x, layer: rounding(x, layer, 0), centers),
         lambda x, layer: rounding(x, layer, 1),
         2 * head_dim * rate / 8,
         **options,

@@ -1,0 +1,129 @@
+"""Codes of a vector chosen together: error feedback in a metric of the model.
+
+What a rounded key costs is the error of its logits, ``(q . e)^2`` over the queries ``q``; what a
+rounded value costs is the error after the output projection ``W``, ``|W e|^2``. Both are
+``e^T H e``. With ``H = L D L^T``, coordinates are rounded one after the other, and each makes up
+for the errors of those before it. Bytes and decoding are those of any other codes.
+
+References
+----------
+GPTQ, arXiv 2210.17323; QuIP, arXiv 2307.13304 (LDLQ, of which this is the vector-by-vector form).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+from tq_core import TQError
+from tq_kernels import KVFormat, TokenCodes
+from tq_kernels.codec import Kind, pack_codes
+from tq_kernels.quantize import codebook_of, to_half
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+__all__ = ["encode_with_feedback", "error_metrics"]
+
+IMPLEMENTATION = "tq_query_probe"
+#: Share of the mean energy that is added to the diagonal of a metric.
+_DAMPING = 0.01
+_SUMS: ContextVar[dict[int, Tensor] | None] = ContextVar("query_sums", default=None)
+
+
+def encode_with_feedback(x: Tensor, fmt: KVFormat, kind: Kind, metric: Tensor) -> TokenCodes:
+    """Codes of vectors with little error in a metric.
+
+    Parameters
+    ----------
+    x : float tensor [..., kv_heads, tokens, head_dim]
+    fmt : KVFormat
+        Its scale is not used: scales are unbiased in the metric.
+    kind : {"k", "v"}
+    metric : float tensor [kv_heads, head_dim, head_dim]
+        Symmetric and positive.
+    """
+    rotation = fmt.rotation_matrix(dtype=torch.float64)
+    weight = rotation @ metric.double() @ rotation.T
+    mean = weight.diagonal(dim1=-2, dim2=-1).mean(-1)
+    weight = weight + _DAMPING * mean[:, None, None] * torch.eye(fmt.head_dim, dtype=weight.dtype)
+    root = torch.linalg.cholesky(weight)
+    lower = (root / root.diagonal(dim1=-2, dim2=-1)[..., None, :]).float()
+    weight = weight.float()
+    book = codebook_of(fmt, kind)
+    centroids = torch.from_numpy(book.centroids.copy()).float()
+    boundaries = torch.from_numpy(book.boundaries.copy()).float()
+    y = x.float() @ rotation.float().T
+    norm = y.norm(dim=-1, keepdim=True)
+    unit = y / norm.clamp_min(1e-30)
+    codes = torch.zeros(unit.shape, dtype=torch.uint8)
+    error = torch.zeros_like(unit)
+    for j in reversed(range(fmt.head_dim)):
+        carried = (error[..., j + 1 :] @ lower[:, j + 1 :, j, None])[..., 0]
+        codes[..., j] = torch.bucketize(unit[..., j] - carried, boundaries, right=True)
+        error[..., j] = centroids[codes[..., j].int()] - unit[..., j]
+    c = centroids[codes.int()]
+    seen = unit @ weight
+    product = (seen * c).sum(-1)
+    scale = norm[..., 0] * (seen * unit).sum(-1) / torch.where(product == 0, 1.0, product)
+    bits = fmt.k_bits if kind == "k" else fmt.v_bits
+    return TokenCodes(pack_codes(codes, bits, kind), to_half(scale))
+
+
+@torch.no_grad()
+def error_metrics(model: Any, windows: Iterable[Tensor]) -> dict[int, tuple[Tensor, Tensor]]:
+    """Metrics of the keys and the values of each layer, [kv_heads, head_dim, head_dim].
+
+    Parameters
+    ----------
+    model
+        Built as Llama and Qwen2 are.
+    windows : iterable of int64 tensors [batch, tokens]
+        Calibration text, for the second moments of the queries; those of values come from the
+        weights.
+    """
+    sums: dict[int, Tensor] = {}
+    before = model.config._attn_implementation
+    token = _SUMS.set(sums)
+    model.set_attn_implementation(IMPLEMENTATION)
+    try:
+        for ids in windows:
+            model(input_ids=ids, use_cache=False)
+    finally:
+        model.set_attn_implementation(before)
+        _SUMS.reset(token)
+    found = {}
+    for layer, keys in sums.items():
+        kv_heads, dim, _ = keys.shape
+        projection = model.model.layers[layer].self_attn.o_proj.weight.double()
+        split = projection.reshape(projection.shape[0], kv_heads, -1, dim)
+        found[layer] = (keys, torch.einsum("ohgd,ohge->hde", split, split))
+    return found
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    sums = _SUMS.get()
+    layer: Any = getattr(module, "layer_idx", None)
+    if sums is None or layer is None:
+        raise TQError(f"{IMPLEMENTATION!r} attention runs inside tq_hf.verify.feedback only")
+    batch, _, tokens, dim = query.shape
+    split = query.double().reshape(batch, key.shape[1], -1, tokens, dim)
+    moment = torch.einsum("bhgtd,bhgte->hde", split, split) / (batch * split.shape[2] * tokens)
+    sums[layer] = sums.get(layer, 0.0) + moment
+    return sdpa_attention_forward(
+        module, query, key, value, attention_mask, scaling=kwargs.get("scaling")
+    )
+
+
+AttentionInterface.register(IMPLEMENTATION, _attention)
+AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
