@@ -1,9 +1,8 @@
 """Ablate the techniques and compare with competitors, on the trained models.
 
-Usage: ``python benchmarks/quality.py [--model tiny] [--windows 6] [--only GROUP] [--retrieval]``
+Usage: ``python benchmarks/quality.py [--model tiny] [--windows 6] [--only GROUP]``
 
-Writes ``results/quality-MODEL.json``; with ``--retrieval`` instead
-``results/quality-retrieval-MODEL.json``. Every configuration is a `RoundedHistory`: predictions of
+Writes ``results/quality-MODEL.json``. Every configuration is a `RoundedHistory`: predictions of
 1,024 tokens of held-out text in one pass, each query seeing old tokens rounded and the first 4 and
 the last 32 to 47 as they came, with the unbiased scale (unless the configuration says otherwise). One text of each package
 in turn; the first 64 predictions of a window are not scored. Calibrated centers come from the
@@ -28,12 +27,11 @@ import transformers
 from rich.progress import track
 from torch import Tensor
 from tq_hf import TurboQuantCache
-from tq_hf.models import held_out_text, load_model, retrieval_tasks
+from tq_hf.models import held_out_text, load_model
 from tq_hf.verify.calibration import bias_centers, key_centers, key_value_states
 from tq_hf.verify.feedback import error_metrics
 from tq_hf.verify.layers import measure_layers
 from tq_hf.verify.roundings import (
-    exact,
     fp8,
     integers,
     kivi,
@@ -61,10 +59,6 @@ ENDS = ((0, 0), (4, 0), (0, 32), (4, 32), (4, 128))
 BOUNDARIES = ((), (0,), (0, -1), (0, 1, -2, -1))
 #: Bytes of a token and KV head that bits by layer are proposed for.
 BUDGETS = (136, 132, 116, 100, 84, 76)
-RETRIEVED = ("K4V4", "K3V3", "K3V2", "K2V2", "INT4 + Hadamard", "vLLM turboquant_3bit_nc", "KIVI 2")
-RETRIEVAL_LENGTHS = (1024, 1536)
-RETRIEVAL_DEFINITIONS = 32
-RETRIEVAL_DEPTHS = (0.1, 0.5, 0.9)
 
 
 @dataclass
@@ -316,62 +310,12 @@ def measure(
         yield about | asdict(summarize(parts)) | {"seconds": seconds}
 
 
-def retrieve(model: Any, tokenizer: Any, count: int) -> Iterator[dict[str, Any]]:
-    """Share of values recalled, by length of the prompt and depth of the definition.
-
-    Length and depth do not count the distractors before the definition that is asked for. Beside
-    the share, which saturates, stands the mean of -log p of the value's tokens.
-    """
-    dim = model.config.head_dim
-    table = {"16-bit": Setting("16-bit", RoundedHistory(exact, exact, 4 * dim))}
-    table |= {
-        name: s
-        for name, s in settings(model, tokenizer).items()
-        if "rivals" in s.groups and name in RETRIEVED
-    }
-    tasks = {
-        (length, depth): retrieval_tasks(
-            tokenizer,
-            round(length * (1 - depth)),
-            count,
-            lead=max(96, round(length * depth)),
-            seed=7,
-            definitions=RETRIEVAL_DEFINITIONS,
-        )
-        for length in RETRIEVAL_LENGTHS
-        for depth in RETRIEVAL_DEPTHS
-    }
-    for name, setting in track(table.items(), model.config.model_type):
-        cells, total, nats = [], 0, 0.0
-        for (length, depth), prompts in tasks.items():
-            hits = 0
-            for task in prompts:
-                ids = torch.tensor([[*task.prompt, *task.answer]])
-                guess = logits(model, ids[:, :-1], setting.history)[0, len(task.prompt) - 1 :]
-                answer = ids[0, len(task.prompt) :]
-                hits += int(torch.equal(guess.argmax(-1), answer))
-                nats += float(torch.nn.functional.cross_entropy(guess.float(), answer))
-            total += hits
-            cells.append({"length": length, "depth": depth, "accuracy": hits / count})
-        yield {
-            "name": name,
-            "slot_bytes": setting.history.slot_bytes,
-            "accuracy": total / (count * len(tasks)),
-            "answer_nats": nats / (count * len(tasks)),
-            "definitions": RETRIEVAL_DEFINITIONS,
-            "prompts": count * len(tasks),
-            "cells": cells,
-        }
-
-
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--windows", type=int, default=6)
     parser.add_argument("--only", help="one group of configurations")
-    parser.add_argument("--retrieval", action="store_true")
-    parser.add_argument("--prompts", type=int, default=4, help="a length and depth")
     parser.add_argument("--resume", action="store_true", help="keep what the file has")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path)
@@ -379,20 +323,13 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     model, tokenizer = load_model(given.model)
     known: dict[str, dict[str, Any]] = {}
-    stem = "quality-retrieval" if given.retrieval else "quality"
-    out = given.out or RESULTS / f"{stem}-{given.model}.json"
+    out = given.out or RESULTS / f"quality-{given.model}.json"
     if given.resume and out.exists():
         rows_before = json.loads(out.read_text(encoding="utf-8"))["configurations"]
         known = {row["name"]: row for row in rows_before}
-    rows = (
-        retrieve(model, tokenizer, given.prompts)
-        if given.retrieval
-        else measure(model, tokenizer, given.windows, given.only, known)
-    )
     report = {
         "model": given.model,
-        "command": f"python benchmarks/quality.py --model {given.model}"
-        + (f" --retrieval --prompts {given.prompts}" if given.retrieval else ""),
+        "command": f"python benchmarks/quality.py --model {given.model}",
         "window": WINDOW,
         "unscored": UNSCORED,
         "versions": {
@@ -403,12 +340,11 @@ def main() -> None:
         "configurations": [],
     }
     out.parent.mkdir(parents=True, exist_ok=True)
-    for row in rows:
+    for row in measure(model, tokenizer, given.windows, given.only, known):
         report["configurations"].append(significant(row))
         out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    if not given.retrieval:
-        report["layers"] = significant(list(layer_cosines(model, tokenizer)))
-        out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    report["layers"] = significant(list(layer_cosines(model, tokenizer)))
+    out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -42,6 +42,9 @@ def draw_model(axes: Any, rows: list[dict[str, Any]], title: str) -> None:
             fontsize=8,
             textcoords="offset points",
         )
+    layered = sorted((r for r in rows if "budget" in r), key=lambda r: r["slot_bytes"])
+    points = ([r["slot_bytes"] for r in layered], [r["kl_mean"] for r in layered])
+    axes.plot(*points, "o--", color="#4aa3c0", label="this project, bits by layer", zorder=2)
     for prefix, label, marker, colour in STYLES:
         chosen = [r for r in rows if r["name"].startswith(prefix)]
         points = ([r["slot_bytes"] for r in chosen], [r["kl_mean"] for r in chosen])
@@ -61,7 +64,7 @@ def main() -> None:
     for axes, (model, title) in zip(panels, MODELS.items(), strict=True):
         path = ROOT / "benchmarks" / "results" / f"quality-{model}.json"
         rows = json.loads(path.read_text(encoding="utf-8"))["configurations"]
-        draw_model(axes, [r for r in rows if "rivals" in r["groups"]], title)
+        draw_model(axes, [r for r in rows if {"rivals", "schedule"} & {*r["groups"]}], title)
     panels[0].set_ylabel("mean KL divergence, nats a token (lower is better)")
     panels[0].legend(frameon=False, fontsize=9)
     figure.savefig(ROOT / "docs" / "quality-pareto.png")

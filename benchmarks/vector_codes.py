@@ -116,6 +116,58 @@ def trellis_table(memory: int, bits: int, rng: np.random.Generator, x: Array) ->
     return table
 
 
+def switched_cosets() -> Array:
+    """Cosets of the doubled codebook by state and lowest bit of the code (Ungerboeck, 4 states).
+
+    A state is the lowest bits of the last two codes. The level is ``4 * (code >> 1) + 2 * last +
+    (bit ^ last but one)``, so that decoding looks at three codes and at no state.
+    """
+    return np.array([[2 * (s & 1) + (bit ^ (s >> 1)) for bit in (0, 1)] for s in range(4)])
+
+
+def switched_encode(x: Array, table: Array) -> Array:
+    """Levels [vectors, coordinates] of least squared error, from state 0 (Viterbi)."""
+    cosets = switched_cosets()
+    nearest = []
+    for coset in range(4):
+        levels = table[coset::4]
+        nearest.append(np.searchsorted((levels[1:] + levels[:-1]) / 2, x) * 4 + coset)
+    found = np.stack(nearest)  # [coset, vectors, coordinates]
+    errors = (x - table[found]) ** 2
+    rows = np.arange(len(x))
+    cost = np.full((len(x), 4), np.inf)
+    cost[:, 0] = 0
+    came = np.empty((x.shape[1], len(x), 4), np.uint8)
+    for i in range(x.shape[1]):
+        new = np.empty_like(cost)
+        for state in range(4):
+            bit, last = state & 1, state >> 1
+            ways = [(older, cosets[older, bit]) for older in (last, last + 2)]
+            costs = np.stack([cost[:, older] + errors[c, :, i] for older, c in ways], 1)
+            pick = costs.argmin(1)
+            new[:, state] = costs[rows, pick]
+            came[i, :, state] = last + 2 * pick
+        cost = new
+    state = cost.argmin(1)
+    out = np.empty(x.shape, np.int64)
+    for i in reversed(range(x.shape[1])):
+        older = came[i, rows, state].astype(np.int64)
+        out[:, i] = found[cosets[older, state & 1], rows, i]
+        state = older
+    return out
+
+
+def switched_table(bits: int, x: Array) -> Array:
+    """Twice as many levels as codes: of one more bit at first, then means (Lloyd's step)."""
+    table = lloyd_max(DIM, bits + 1).centroids * DIM**0.5
+    for _ in range(12):
+        levels = switched_encode(x, table).ravel()
+        count = np.bincount(levels, minlength=len(table))
+        mean = np.bincount(levels, x.ravel(), len(table)) / np.maximum(count, 1)
+        table = np.sort(np.where(count > 0, mean, table))
+    return table
+
+
 def timed(call: Callable[[], float]) -> tuple[float, float]:
     """Result and seconds of processor time."""
     start = time.process_time()
@@ -144,7 +196,7 @@ def main() -> None:
         )
         print(code, bits, mse, seconds)
 
-    for bits in (2, 3):
+    for bits in (2, 3, 4):
         book = lloyd_max(DIM, bits)
         centroids = book.centroids * DIM**0.5
         cut = (centroids[1:] + centroids[:-1]) / 2
@@ -152,7 +204,15 @@ def main() -> None:
             lambda c=centroids, b=cut: float(((x - c[np.searchsorted(b, x)]) ** 2).mean())
         )
         add("Lloyd-Max", bits, error, 1 << bits, seconds)
-        points = smallest(d4(12 if bits == 2 else 60), 1 << 4 * bits)
+        for grid, label in (("int7", "int8 numbers, as the page format"), ("e4m3", "FP8 numbers")):
+            numbers = lloyd_max(DIM, bits, grid).centroids * DIM**0.5
+            cut = (numbers[1:] + numbers[:-1]) / 2
+            error = float(((x - numbers[np.searchsorted(cut, x)]) ** 2).mean())
+            add(f"Lloyd-Max on {label}", bits, error, 1 << bits, None)
+        levels = switched_table(bits, train)
+        error, seconds = timed(lambda t=levels: float(((x - t[switched_encode(x, t)]) ** 2).mean()))
+        add("trellis of 4 states, doubled codebook", bits, error, len(levels), seconds)
+        points = smallest(d4({2: 12, 3: 60, 4: 240}[bits]), 1 << 4 * bits)
         add("D4 in a ball", bits, lattice_error(x, points), len(points), None)
         if bits == 2:
             points = smallest(e8_half(12), 1 << 8 * bits)

@@ -452,7 +452,11 @@ def quality_ablation(group: str, *shown: str) -> str:
     rows = []
     for name in dict.fromkeys([*first, *other]):
         row = first.get(name) or other[name]
-        rounded = f"K{row['k_bits']}V{row['v_bits']}" if "k_bits" in row else name
+        rounded = (
+            f"K{row['k_bits']}V{row['v_bits']}"
+            if "k_bits" in row
+            else name.partition(", 0 sinks")[0]
+        )
         keys = [rounded if key == "format" else quality_option(row[key]) for key in shown]
         cells = [*keys, f"{row['bytes_per_token'] / 12:,.0f}"]
         for found in (first.get(name), other.get(name)):
@@ -558,20 +562,20 @@ def vector_codes() -> str:
 
 @table("quality-retrieval")
 def quality_retrieval() -> str:
-    """Share of values recalled by length and depth."""
+    """Share of values recalled by depth, and what was lost."""
     rows = []
-    cells: list[dict[str, Any]] = []
+    depths: list[str] = []
     for model in MODELS:
-        path = f"benchmarks/results/quality-retrieval-{model}.json"
-        if not (ROOT / path).exists():
-            continue
-        for row in load(path)["configurations"]:
-            cells = row["cells"]
-            shares = [f"{cell['accuracy']:.2f}" for cell in cells]
-            whole = (f"{row['accuracy']:.3f}", f"{row['answer_nats']:.4f}")
+        result = load(f"benchmarks/results/quality-retrieval-{model}.json")
+        for row in result["configurations"]:
+            depths = [cell["depth"] for cell in row["cells"]]
+            shares = [f"{cell['accuracy']:.3f}" for cell in row["cells"]]
+            low, high = row["lost_interval"]
+            lost = f"{100 * row['lost']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+            whole = (f"{row['accuracy']:.3f}", lost, f"{row['answer_nats']:.3f}")
             rows.append((f"`{model}`", row["name"], f"{row['slot_bytes']:.0f}", *shares, *whole))
-    places = [f"{cell['length']:,} at {cell['depth']:.0%}" for cell in cells]
-    return markdown(("model", "format", "bytes", *places, "all", "nats of the value"), rows)
+    header = ("model", "format", "bytes", *depths, "all", "points lost", "nats of the value")
+    return markdown(header, rows)
 
 
 @table("quality-quantized-caches")
@@ -591,10 +595,110 @@ def quality_quantized_caches() -> str:
     return markdown(("model", "cache", "bytes", "KL", "same best token", "perplexity"), rows)
 
 
+def layer_pairs(row: dict[str, Any]) -> str:
+    """Bits of keys and values of each layer."""
+    return " ".join(f"{k}/{v}" for k, v in row["layer_bits"])
+
+
+@table("quality-decomposition")
+def quality_decomposition() -> str:
+    """Divergence with codes in one half of one layer."""
+    rows = []
+    for model in MODELS:
+        found = quality(model, "decomposition")
+        at = {(r["layer"], r["half"], r["bits"]): r["kl_mean"] for r in found}
+        columns = [(half, bits) for half in ("keys", "values") for bits in (4, 3, 2)]
+        layers = sorted({layer for layer, _, _ in at})
+        for layer in layers:
+            cells = [f"{at[layer, *column]:.5f}" for column in columns]
+            rows.append((f"`{model}`", str(layer), *cells))
+        sums = [f"{sum(at[i, *column] for i in layers):.5f}" for column in columns]
+        rows.append((f"`{model}`", "sum", *sums))
+    header = [f"{half}, {bits} bits" for half in ("keys", "values") for bits in (4, 3, 2)]
+    return markdown(("model", "layer", *header), rows)
+
+
+@table("quality-schedule")
+def quality_schedule() -> str:
+    """Bits by layer for a budget beside the same bits everywhere."""
+    rows = []
+    for model in MODELS:
+        for row in sorted(quality(model, "schedule"), key=lambda r: -r["slot_bytes"]):
+            own = "layer_bits" in row
+            bits = layer_pairs(row) if own else f"{row['k_bits']}/{row['v_bits']} everywhere"
+            budget = f"{row['budget']}" if own else ""
+            size = f"{row['slot_bytes']:.1f}".removesuffix(".0")
+            numbers = (f"{row['kl_mean']:.5f}", f"{row['top1']:.2%}", quality_change(row))
+            rows.append((f"`{model}`", budget, bits, size, *numbers))
+    header = ("budget", "bits of keys / values", "bytes", "KL", "same best token", "perplexity")
+    return markdown(("model", *header), rows)
+
+
+@table("quality-feedback")
+def quality_feedback() -> str:
+    """Codes with and without error feedback."""
+    ending = ", error feedback"
+    found = {model: {r["name"]: r for r in quality(model)} for model in MODELS}
+    header = ["format", "bytes"]
+    for model in MODELS:
+        header += [f"`{model}`: KL", "with feedback", "perplexity with feedback"]
+    rows = []
+    for row in sorted(quality(MODELS[0], "feedback"), key=lambda r: -r["slot_bytes"]):
+        if not row["name"].endswith(ending):
+            continue
+        name = row["name"].removesuffix(ending)
+        cells = [name.partition(",")[0], f"{row['slot_bytes']:.0f}"]
+        for model in MODELS:
+            plain, better = (found[model][n] for n in (name, row["name"]))
+            cells += [f"{plain['kl_mean']:.5f}", f"{better['kl_mean']:.5f}", quality_change(better)]
+        rows.append(cells)
+    return markdown(header, rows)
+
+
+@table("quality-paper")
+def quality_paper() -> str:
+    """The paper's fractional rates, and our codes of as many bytes or fewer."""
+    rows = []
+    for model in MODELS:
+        found = {row["name"]: row for row in quality(model)}
+        ending = ", centred as ours" if model == "tiny-large-bias" else ""
+        for rate, ours in ((3.5, "bits by layer, 100 bytes"), (2.5, "bits by layer, 76 bytes")):
+            paper = found[f"outlier channels, {rate} bits, as the paper{ending}"]
+            scaled = found[f"outlier channels, {rate} bits{ending}"]
+            for name, row in (
+                (f"outlier channels, {rate} bits, as the paper", paper),
+                (f"outlier channels, {rate} bits, unbiased scale", scaled),
+                ("bits by layer", found[ours]),
+            ):
+                numbers = (f"{row['kl_mean']:.5f}", f"{row['top1']:.2%}", quality_change(row))
+                rows.append((f"`{model}`", name, f"{row['slot_bytes']:.0f}", *numbers))
+    header = ("model", "format", "bytes", "KL", "same best token", "perplexity")
+    return markdown(header, rows)
+
+
+@table("quality-layers")
+def quality_layers() -> str:
+    """Cosines of each layer's keys and values with what they were."""
+    rows = []
+    for model in MODELS:
+        for row in load(f"benchmarks/results/quality-{model}.json")["layers"]:
+            layers, limit = row["layers"], {"K4V4": 0.99, "K4V3": 0.98}[row["name"]]
+            keys, values, out = (min(x[f"{n}_cosine"] for x in layers) for n in ("k", "v", "out"))
+            verdict = "met" if min(keys, values) >= limit else "missed"
+            cells = (f"{keys:.4f}", f"{values:.4f}", f"{out:.4f}", f"{limit:.2f}: {verdict}")
+            rows.append((f"`{model}`", row["name"], *cells))
+    header = ("keys", "values", "attention output", "least of keys and values, target")
+    return markdown(("model", "format", *header), rows)
+
+
 @table("quality-targets")
 def quality_targets() -> str:
     """The targets that were set before measuring, and what came out."""
-    rows = []
+    rows: list[tuple[str, str, str, str]] = []
+
+    def add(what: str, model: str, value: str, met: bool) -> None:
+        rows.append((what, f"`{model}`", value, "met" if met else "missed"))
+
     for model in MODELS:
         found = {row["name"]: row for row in quality(model)}
         k4, k3 = found["K4V4"], found["K3V3"]
@@ -602,24 +706,36 @@ def quality_targets() -> str:
             ("K4V4: perplexity +0.3% at most", k4, 0.003),
             ("K3V3: perplexity +1.5% at most", k3, 0.015),
         ):
-            verdict = "met" if row["change"] <= limit else "missed"
-            rows.append((what, f"`{model}`", quality_change(row), verdict))
-        integers = found["INT4 + Hadamard"]
-        if model == "tiny-large-bias":
-            integers = found["INT4 + Hadamard, centred as ours"]
-        share = k4["kl_mean"] / integers["kl_mean"]
-        size = f"{k4['slot_bytes']:.0f} and {integers['slot_bytes']:.0f} bytes"
-        what = "K4V4: half the KL of INT4 + Hadamard at most"
-        verdict = "met" if share <= 0.5 else "missed"
-        rows.append((what, f"`{model}`", f"{share:.2f} of it ({size})", verdict))
+            add(what, model, quality_change(row), row["change"] <= limit)
+        ending = ", centred as ours" if model == "tiny-large-bias" else ""
+        integers = found[f"INT4 + Hadamard{ending}"]
+        half = "half the KL of INT4 + Hadamard at most, equal or fewer bytes"
+        for label, name in (
+            ("4 bits", "K4V4"),
+            ("4 bits, by layer", "bits by layer, 136 bytes"),
+        ):
+            row = found[name]
+            share = row["kl_mean"] / integers["kl_mean"]
+            value = f"{share:.2f} of it ({row['slot_bytes']:.0f} and {integers['slot_bytes']:.0f})"
+            add(f"{label}: {half}", model, value, share <= 0.5)
+        recall = load(f"benchmarks/results/quality-retrieval-{model}.json")["configurations"]
+        by_name = {row["name"]: row for row in recall}
+        for label, name in (("K3V3", "K3V3"), ("3 bits, by layer", "bits by layer, 100 bytes")):
+            row = by_name[name]
+            low, high = row["lost_interval"]
+            value = f"{100 * row['lost']:.1f} lost ({100 * low:+.1f} to {100 * high:+.1f})"
+            add(f"{label}: recall within 1 point", model, value, row["lost"] <= 0.01)
+        for row in load(f"benchmarks/results/quality-{model}.json")["layers"]:
+            limit = {"K4V4": 0.99, "K4V3": 0.98}[row["name"]]
+            least = min(min(x["k_cosine"], x["v_cosine"]) for x in row["layers"])
+            what = f"{row['name']}: cosine of each layer's keys and values {limit} at least"
+            add(what, model, f"{least:.4f}", least >= limit)
     found = {row["name"]: row for row in quality("tiny-large-bias")}
     for name in ("K4V4", "K3V3"):
         lost, kept = found[f"{name}, centre none"], found[name]
         value = f"{lost['change']:+.0%} without, {kept['change']:+.2%} with"
-        verdict = "met" if kept["change"] <= 0.015 < lost["change"] else "missed"
-        rows.append(
-            (f"{name}: key centring rescues the model", "`tiny-large-bias`", value, verdict)
-        )
+        met = kept["change"] <= 0.015 < lost["change"]
+        add(f"{name}: key centring rescues the model", "tiny-large-bias", value, met)
     return markdown(("target", "model", "measured", "verdict"), rows)
 
 

@@ -195,8 +195,8 @@ def test_only_a_name_of_our_own_is_registered() -> None:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     ours = {n for n, f in ALL_ATTENTION_FUNCTIONS.items() if f.__module__.startswith("tq_hf")}
-    # tq_hf.verify registers its two when it is imported.
-    assert ours - {"tq_rounded", "tq_layer_probe"} == {"turboquant"}
+    # tq_hf.verify registers its three when it is imported.
+    assert ours - {"tq_rounded", "tq_layer_probe", "tq_query_probe"} == {"turboquant"}
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
     assert ALL_MASK_ATTENTION_FUNCTIONS["turboquant"] is sdpa_mask
 
