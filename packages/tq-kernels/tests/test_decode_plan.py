@@ -184,6 +184,23 @@ def test_a_captured_graph_stays_right_when_lengths_change():
         torch.testing.assert_close(lse, want_lse, atol=5e-4, rtol=0)
 
 
+@pytest.mark.parametrize("max_query_len", [1, 3])
+def test_plans_warm_up_on_empty_sequences(max_query_len):
+    plan = DecodePlan(KVFormat(64), 4, 2, max_batch=3, max_query_len=max_query_len,
+                      dtype=torch.float16, device=DEVICE)  # fmt: skip
+    seen = []
+    run = plan.run
+    plan.run = lambda *args, **options: (seen.append((args, options)), run(*args, **options))
+    sinks = torch.zeros(4, device=DEVICE)
+    plan.warm_up(sinks=sinks)
+    assert [len(args[0]) for args, _ in seen] == [1, 2, 3]
+    for args, options in seen:
+        assert options["sinks"] is sinks
+        assert (options["cu_query_lens"] is None) == (max_query_len == 1)
+        assert bool((args[4] == 0).all())
+        assert bool((args[5] == 0).all())  # of the sinks alone
+
+
 @pytest.mark.parametrize(("head_dim", "dtype"), [(96, torch.bfloat16), (64, torch.float32)])
 def test_others_get_the_portable_kernels(head_dim, dtype):
     fmt = KVFormat(head_dim, 3, 4)

@@ -163,6 +163,16 @@ def test_given_dense_attention_of_first_chunks_may_write_to_the_output():
     assert calls == [(5, 5, True)]
 
 
+def test_plans_warm_up_on_every_path():
+    calls: list[tuple[int, int, bool]] = []
+    plan = PrefillPlan(KVFormat(64), 4, 2, 2, 40, torch.float16, DEVICE, codes_query_len=4,
+                       scratch_tokens=8, dense=partial(dense_by_torch, calls))  # fmt: skip
+    plan.warm_up(sinks=SINKS.to(DEVICE))
+    new = [(1, 1, True), (17, 17, True), (1, 1, True)]
+    assert calls == [*new, (17, 17, True), (17, 1, False), (17, 17, True), (17, 8, False),
+                     (17, 8, False), (17, 1, False)]  # fmt: skip
+
+
 def test_given_dense_attention_is_not_asked_for_what_it_lacks():
     calls: list[tuple[int, int, bool]] = []
     dense = partial(dense_by_torch, calls)

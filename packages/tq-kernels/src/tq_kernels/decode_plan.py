@@ -138,3 +138,35 @@ class DecodePlan:
             sinks=sinks,
             key_center=key_center,
         )
+
+    def warm_up(self, *, sinks: Tensor | None = None, key_center: Tensor | None = None) -> None:
+        """Compile what runs of any size need, by runs on sequences without tokens.
+
+        Otherwise the first run of a size waits for the compiler for seconds. Pass what runs will
+        get: kernels with and without it differ.
+
+        Parameters
+        ----------
+        sinks : float tensor [heads], optional
+        key_center : float tensor [kv_heads, head_dim], optional
+        """
+        spec, device = self.spec, self.spec.device
+        sizes = {2**n for n in range(spec.max_batch.bit_length())} | {spec.max_batch}
+        pages = torch.zeros(
+            1, spec.kv_heads, spec.fmt.record_bytes, dtype=torch.uint8, device=device
+        )
+        for batch in sorted(sizes):
+            q = torch.zeros(batch, spec.heads, spec.fmt.head_dim, dtype=spec.dtype, device=device)
+            lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+            one_each = torch.arange(batch + 1, dtype=torch.int32, device=device)
+            self.run(
+                q,
+                pages,
+                lengths[:, None],
+                lengths,
+                torch.empty_like(q),
+                torch.empty(batch, spec.heads, device=device),
+                cu_query_lens=None if spec.max_query_len == 1 else one_each,
+                sinks=sinks,
+                key_center=key_center,
+            )

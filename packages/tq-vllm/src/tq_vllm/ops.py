@@ -227,6 +227,32 @@ def _prefill_plan(
     return plan, torch.empty(shape.max_tokens, shape.heads, dtype=torch.float32, device=device)
 
 
+@lru_cache(maxsize=16)
+def _warm_up(
+    shape: LayerShape,
+    fmt: KVFormat,
+    dtype: torch.dtype,
+    device: torch.device,
+    sinks: torch.dtype | None,
+    key_center: torch.dtype | None,
+) -> None:
+    """Compile the kernels of a shape, which the first requests would wait for."""
+    extras: dict[str, Tensor] = {}
+    if sinks is not None:
+        extras["sinks"] = torch.zeros(shape.heads, dtype=sinks, device=device)
+    if key_center is not None:
+        size = shape.kv_heads, fmt.head_dim
+        extras["key_center"] = torch.zeros(size, dtype=key_center, device=device)
+    for length in {1, shape.max_decode_query_len}:
+        _decode_plan(shape, fmt, length, dtype, device)[0].warm_up(**extras)
+    _prefill_plan(shape, fmt, dtype, device)[0].warm_up(**extras)
+    pages = torch.zeros(1, shape.kv_heads, fmt.record_bytes, dtype=torch.uint8, device=device)
+    for tokens in {1, shape.max_tokens}:
+        kv = torch.zeros(tokens, shape.kv_heads, fmt.head_dim, dtype=dtype, device=device)
+        nowhere = torch.full((tokens,), -1, dtype=torch.int64, device=device)
+        store(kv, kv, pages, nowhere, fmt)
+
+
 class FusedOps(EagerOps):
     """Triton kernels."""
 
@@ -234,6 +260,9 @@ class FusedOps(EagerOps):
         for length in {1, self.shape.max_decode_query_len}:
             _decode_plan(self.shape, fmt, length, dtype, device)
         _prefill_plan(self.shape, fmt, dtype, device)
+        if device.type == "cuda":
+            sinks, center = (None if t is None else t.dtype for t in self.extras.values())
+            _warm_up(self.shape, fmt, dtype, device, sinks, center)
         # What a prefill passes between its kernels: four float32 outputs at most. Allocated and
         # freed, it counts in the peak that vLLM leaves room for.
         numbers = 4 * self.shape.max_tokens * self.shape.heads * fmt.head_dim

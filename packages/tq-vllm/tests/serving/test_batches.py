@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -327,3 +328,22 @@ def test_layers_share_buffers_whose_size_knows_no_context_length():
     plan, lse = _decode_plan(shape, fmt, 3, torch.float32, device)
     assert lse.shape == (12, 4)
     assert plan.workspace_bytes < 2**22
+
+
+def test_kernels_warm_up_with_what_the_layers_pass(monkeypatch) -> None:
+    import tq_kernels
+    from tq_vllm import ops
+
+    small = partial(tq_kernels.PrefillPlan, scratch_tokens=8)
+    monkeypatch.setattr(tq_kernels, "PrefillPlan", small)
+    stored: list[tuple[int, int]] = []
+    store = ops.store
+    monkeypatch.setattr(
+        ops,
+        "store",
+        lambda k, *rest: (stored.append((len(k), int(rest[2].max()))), store(k, *rest)),
+    )
+    shape = ops.LayerShape(4, 2, 0.1, max_batch=2, max_decode_query_len=2, max_tokens=20)
+    cpu = torch.device("cpu")
+    ops._warm_up(shape, tq_kernels.KVFormat(64), torch.float32, cpu, torch.float32, torch.float32)
+    assert sorted(stored) == [(1, -1), (20, -1)]

@@ -41,7 +41,15 @@ WARPS_WITH_WIDE_KEYS = 8
 REGISTERS = {16: 128, 12: 168, 8: 255}
 #: Bytes of stack a lane that this may cost: measured on an H200, more warps, or more query rows
 #: for every decoded tile, pay for some spilled words.
-SPILLS = {1: 64, 2: 64, 4: 160}
+SPILLS = {
+    (64, 1): 16,
+    (64, 2): 16,
+    (64, 4): 32,
+    (128, 1): 64,
+    (128, 2): 64,
+    (128, 4): 160,
+    (256, 1): 96,
+}
 #: Fewest tiles of 64 tokens that a program attends.
 LEAST_TILES = 1
 #: Query rows that one combining program merges, if each has fewer than MANY_PARTS parts.
@@ -315,7 +323,7 @@ def aot_variants() -> list[Variant]:
                     },
                     num_warps=1,
                     maxnreg=REGISTERS[_warps_per_sm(spec.fmt, blocks)],
-                    spills=SPILLS[blocks],
+                    spills=SPILLS[dim, blocks],
                     aligned=aligned,
                     targets=targets,
                     quick=(dim, k_bits, v_bits, options) == (128, 4, 4, False) and rows == 4,

@@ -235,7 +235,10 @@ def _attend(
 
 
 # With ``one`` = 1 known to the compiler, a product and a sum would become a plain sum.
-@triton.jit(do_not_specialize=["one"])
+@triton.jit(
+    do_not_specialize=["one", "batch", "block_table_stride"],
+    do_not_specialize_on_alignment=["block_table", "seq_lens", "cu_query_lens"],
+)
 def decode_partials(
     q,
     signs,

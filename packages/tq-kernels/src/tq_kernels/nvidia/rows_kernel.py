@@ -42,7 +42,10 @@ def _row_place(rows, cu_query_lens, group, kv_heads, chunks, pairs, ROWS_PER_PAI
     return pair, sequence, kv_head, token, head, valid
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["pairs"],
+    do_not_specialize_on_alignment=["cu_query_lens"],
+)
 def prepare_queries(
     q,
     rotation,
@@ -108,7 +111,10 @@ def prepare_queries(
     tl.store(q_affine + rows * 4 + 2, center, mask=inside)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["batch", "pairs"],
+    do_not_specialize_on_alignment=["seq_lens", "cu_query_lens", "lse"],
+)
 def combine_partials(
     partial_out,
     partial_stats,

@@ -34,7 +34,10 @@ def _weigh(
     return summed
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["table_stride"],
+    do_not_specialize_on_alignment=["block_table", "seq_lens", "cu_query_lens"],
+)
 def attend_pages(
     q_digits, q_stats, pages, block_table, seq_lens, cu_query_lens, partial_out, partial_stats,
     soft_cap, window, num_splits, least, row_blocks, kv_heads, group, split_stride,

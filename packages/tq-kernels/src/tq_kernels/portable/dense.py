@@ -62,7 +62,9 @@ class Dense(Protocol):
     ) -> tuple[Tensor, Tensor]: ...
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize_on_alignment=["cu_q", "cu_k", "offsets", "bias", "lse"],
+)
 def dense_kernel(
     q, k, v, cu_q, cu_k, offsets, bias, out, lse, logit_scale, soft_cap, window, group, kv_heads,
     q_token_stride, q_head_stride, k_token_stride, k_head_stride, v_token_stride, v_head_stride,

@@ -60,7 +60,10 @@ def _decode_block(
             tl.store(target[:, None] + columns[None, :], x, mask=inside[:, None])
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["count"],
+    do_not_specialize_on_alignment=["slots"],
+)
 def dequantize_kernel(
     pages, slots, k_out, v_out, k_matrix, v_matrix, k_table, v_table, k_order, v_order,
     count, k_step, v_step, factor,

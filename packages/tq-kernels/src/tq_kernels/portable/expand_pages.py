@@ -27,7 +27,10 @@ def value_order(fmt: KVFormat) -> list[int]:
     return [*range(0, fmt.head_dim, 2), *range(1, fmt.head_dim, 2)]
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["start", "tokens"],
+    do_not_specialize_on_alignment=["table"],
+)
 def expand_kernel(
     pages, table, k, v, start, tokens, kv_heads, page_stride, record_stride, k_step, v_step,
     D: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, PAGE: tl.constexpr,

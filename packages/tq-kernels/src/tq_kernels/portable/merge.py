@@ -10,7 +10,16 @@ from torch import Tensor
 __all__ = ["merge_rows"]
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "rows_total",
+        "lse_stride",
+        "lse_head_stride",
+        "lse_stride2",
+        "lse_head_stride2",
+    ],
+    do_not_specialize_on_alignment=["lse", "lse2", "target_lse"],
+)
 def merge_kernel(
     out, lse, out2, lse2, target, target_lse, sinks, rows_total, heads,
     token_stride, head_stride, lse_stride, lse_head_stride,

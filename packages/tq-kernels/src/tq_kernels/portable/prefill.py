@@ -216,6 +216,34 @@ class PrefillPlan:
                              old_out[rows], old_lse[rows])  # fmt: skip
         merge_rows(old_out, old_lse, new_out, new_lse, out, lse, sinks)
 
+    def warm_up(self, *, sinks: Tensor | None = None, key_center: Tensor | None = None) -> None:
+        """Compile what runs of any lengths need, by small runs; see `DecodePlan.warm_up`."""
+        spec, fmt, device = self.spec, self.spec.fmt, self.spec.device
+        pages = torch.zeros(1, spec.kv_heads, fmt.record_bytes, dtype=torch.uint8, device=device)
+        pieces = 2 * self._scratch.shape[1] + 1  # the third is merged into what two gave
+        table = torch.zeros(
+            1, -(-pieces // fmt.page_size), dtype=torch.int32, device=device
+        )  # a single page over and over
+        few, many = 1, min(max(17, self._codes_query_len + 1), spec.max_query_len)
+        for count, context in ((few, 0), (many, 0), (few, 1), (many, 1), (many, pieces)):
+            q = torch.zeros(count, spec.heads, fmt.head_dim, dtype=spec.dtype, device=device)
+            k = torch.zeros(count, spec.kv_heads, fmt.head_dim, dtype=spec.dtype, device=device)
+            self.run(
+                q,
+                k,
+                k,
+                pages,
+                table,
+                torch.tensor([0, count], dtype=torch.int32, device=device),
+                torch.tensor([context], dtype=torch.int32, device=device),
+                torch.empty_like(q),
+                torch.empty(count, spec.heads, device=device),
+                query_lens_host=[count],
+                context_lens_host=[context],
+                sinks=sinks,
+                key_center=key_center,
+            )
+
     def _lengths(
         self,
         tokens: int,

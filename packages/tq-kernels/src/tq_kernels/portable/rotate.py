@@ -17,7 +17,9 @@ from tq_kernels.portable.rotation_tile import RotationParts, rotate_rows, rotati
 __all__ = ["rotate"]
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["total"],
+)
 def rotate_kernel(
     x, matrix, out, total, factor, x_stride, out_stride,
     D: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,

@@ -12,7 +12,9 @@ import triton.language as tl
 __all__ = ["merge_partials", "prepare_queries", "split_range"]
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["rows_total"],
+)
 def prepare_queries(
     q, matrix, key_center, q_digits, q_stats,
     logit_scale, center_scale, rows_total, heads, group, q_token_stride, q_head_stride,
@@ -68,7 +70,9 @@ def split_range(
     return first, count, per_split
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize_on_alignment=["seq_lens", "cu_query_lens", "lse"],
+)
 def merge_partials(
     partial_out, partial_stats, seq_lens, cu_query_lens, matrix, sinks, out, lse,
     v_step, window, num_splits, least, row_blocks, kv_heads, group, split_stride,

@@ -97,7 +97,10 @@ def _encode_block(
     tl.store(place, (scale * unit).to(tl.float16), mask=mask)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["tokens"],
+    do_not_specialize_on_alignment=["slots"],
+)
 def store_kernel(
     k, v, pages, slots, k_matrix, v_matrix, k_table, v_table, tokens, k_step, v_step, factor,
     k_token_stride, k_head_stride, v_token_stride, v_head_stride, page_stride, record_stride,
