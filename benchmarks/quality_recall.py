@@ -24,62 +24,16 @@ import transformers
 from quality import RESULTS, WINDOW, logits, significant
 from rich.progress import track
 from scipy.stats import bootstrap
-from torch import Tensor
 from tq_hf.models import held_out_text, load_model
-from tq_hf.models.quality import is_reserved
 from tq_hf.verify.calibration import key_centers
+from tq_hf.verify.recall import RecallPrompt, recall_prompt
 from tq_hf.verify.roundings import integers, kivi, turboquant, vllm_turboquant
 from tq_hf.verify.simulate import RoundedHistory
-from tq_hf.verify.texts import CALIBRATION, start_token, token_windows
+from tq_hf.verify.texts import CALIBRATION, token_windows
 from tq_kernels import KVFormat
 
 DEFINITIONS, QUESTIONS, TOKENS = 64, 32, 1500
 DEPTHS = ("first third", "second third", "last third")
-
-
-def recall_prompt(tokenizer: Any, seed: int) -> tuple[Tensor, list[tuple[int, int, int]]]:
-    """A prompt with its questions.
-
-    Returns
-    -------
-    ids : int64 tensor [1, tokens]
-    answers : list of tuples of int
-        Start and end of each value, and the third of the prompt that its definition lies in.
-    """
-
-    def encode(text: str) -> list[int]:
-        return [int(i) for i in tokenizer.encode(text, add_special_tokens=False)]
-
-    rng = np.random.default_rng([seed, 64])
-    names: list[str] = []
-    while len(names) < DEFINITIONS:
-        name = "".join(chr(65 + i) for i in rng.integers(0, 26, 4))
-        if is_reserved(name) and name not in names:
-            names.append(name)
-    values = [str(n) for n in rng.integers(1000, 10000, DEFINITIONS)]
-    newline = encode("\n")
-    lines = [newline + encode(f"NAME_{n} = {v}\n") for n, v in zip(names, values, strict=True)]
-    room = TOKENS - sum(map(len, lines))
-    text = encode(held_out_text())
-    first = int(rng.integers(0, len(text) - room))
-    text = text[first : first + room]
-    ids, last, thirds = start_token(tokenizer), 0, []
-    for cut, line in zip(sorted(rng.integers(0, room + 1, DEFINITIONS)), lines, strict=True):
-        ids += text[last:cut]
-        thirds.append(3 * len(ids) // TOKENS)
-        ids += line
-        last = cut
-    ids += text[last:]
-    answers = []
-    for i in rng.permutation(DEFINITIONS)[:QUESTIONS]:
-        question = newline + encode(f"assert NAME_{names[i]} == ")
-        whole = newline + encode(f"assert NAME_{names[i]} == {values[i]}\n")
-        if whole[: len(question)] != question:  # the blank is part of the value's first token
-            question = question[:-1]
-        start, stop = len(ids) + len(question), len(ids) + len(whole) - len(newline)
-        answers.append((start, stop, min(2, thirds[i])))
-        ids = ids + whole
-    return torch.tensor([ids]), answers
 
 
 def formats(model: Any, tokenizer: Any, name: str) -> dict[str, RoundedHistory | None]:
@@ -104,14 +58,16 @@ def formats(model: Any, tokenizer: Any, name: str) -> dict[str, RoundedHistory |
 
 
 def recalled(
-    model: Any, prompts: list[tuple[Tensor, list[tuple[int, int, int]]]], history: Any
+    model: Any, prompts: list[RecallPrompt], history: Any
 ) -> tuple[np.ndarray, np.ndarray]:
     """Whether each value was recalled, and the mean of -log p of its tokens, [prompts, values]."""
     hits, nats = [], []
-    for ids, answers in prompts:
+    for prompt in prompts:
+        ids = torch.tensor([prompt.ids])
         guess = logits(model, ids[:, :-1], history)[0].float()
-        for start, stop, _ in answers:
-            value, at = ids[0, start:stop], guess[start - 1 : stop - 1]
+        for answer in prompt.answers:
+            value = ids[0, answer.start : answer.stop]
+            at = guess[answer.start - 1 : answer.stop - 1]
             hits.append(bool(torch.equal(at.argmax(-1), value)))
             nats.append(float(torch.nn.functional.cross_entropy(at, value)))
     shape = (len(prompts), -1)
@@ -120,8 +76,10 @@ def recalled(
 
 def measure(model: Any, tokenizer: Any, name: str, count: int) -> Iterator[dict[str, Any]]:
     """Recall with every format, and what it lost, with a 95% interval over prompts."""
-    prompts = [recall_prompt(tokenizer, seed) for seed in range(count)]
-    thirds = np.array([[third for _, _, third in answers] for _, answers in prompts])
+    sizes = {"definitions": DEFINITIONS, "questions": QUESTIONS}
+    prompts = [recall_prompt(tokenizer, TOKENS, **sizes, seed=seed) for seed in range(count)]
+    places = np.array([[answer.place for answer in prompt.answers] for prompt in prompts])
+    thirds = np.minimum(2, 3 * places // TOKENS)
     base: np.ndarray | None = None
     for label, history in track(formats(model, tokenizer, name).items(), name):
         hits, nats = recalled(model, prompts, history)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from tq_hf.models import held_out_text
 from tq_hf.verify.layers import LayerScores, measure_layers
 from tq_hf.verify.measure import history_bytes, measure
 from tq_hf.verify.predictions import baseline_factory, compare_predictions
+from tq_hf.verify.recall import recall_prompt
 from tq_hf.verify.report import DEFAULT_THRESHOLDS, Report, parse_thresholds
 from tq_hf.verify.scores import TokenScores, compare_logits, summarize
 from tq_hf.verify.sweep import LayerSensitivity, propose_bits, sweep_layers
@@ -204,12 +206,43 @@ def test_tasks_of_the_whole_model(plain: Any) -> None:
     assert (copied.task, copied.length, copied.count) == ("copy", 64, 56)
     assert copied.base_accuracy > 0.8
     assert copied.accuracy < 0.2
-    cells = list(retrieval_cells(model, tokenizer, [256], make, make, count=1))
-    assert [c.depth for c in cells] == [0.1, 0.5, 0.9]
-    assert all(c.base_accuracy == c.accuracy for c in cells)
-    assert sum(c.base_accuracy for c in cells) == 3
-    with pytest.raises(TQError, match="256"):
-        next(retrieval_cells(model, tokenizer, [128], make, make))
+    cells = list(retrieval_cells(model, tokenizer, [512], make, broken, count=1))
+    assert [c.depth for c in cells] == [0.17, 0.5, 0.83]
+    assert sum(c.count for c in cells) == 12
+    assert sum(c.base_accuracy * c.count for c in cells) > 9
+    assert sum(c.accuracy for c in cells) == 0
+    with pytest.raises(TQError, match="512"):
+        next(retrieval_cells(model, tokenizer, [256], make, make))
+
+
+def test_recall_prompts_are_as_described(plain: Any) -> None:
+    _, tokenizer = plain
+    prompt = recall_prompt(tokenizer, 700, definitions=20, questions=9, seed=3)
+    assert prompt == recall_prompt(tokenizer, 700, definitions=20, questions=9, seed=3)
+    assert prompt != recall_prompt(tokenizer, 700, definitions=20, questions=9, seed=4)
+    assert prompt.context == 700 + len(start_token(tokenizer))
+    text = tokenizer.decode(prompt.ids[: prompt.context])
+    defined = dict(re.findall(r"^NAME_([A-Z]{4}) = (\d{4})$", text, re.MULTILINE))
+    assert len(defined) == 20
+    asked = tokenizer.decode(prompt.ids[prompt.context :])
+    pairs = re.findall(r"^assert NAME_([A-Z]{4}) == (\d{4})$", asked, re.MULTILINE)
+    assert len({name for name, _ in pairs}) == 9 == len(prompt.answers)
+    for (name, value), answer in zip(pairs, prompt.answers, strict=True):
+        assert defined[name] == value
+        assert tokenizer.decode(prompt.ids[answer.start : answer.stop]).strip() == value
+        line = tokenizer.decode(prompt.ids[answer.place : answer.place + 16])
+        assert line.strip().startswith(f"NAME_{name} = ")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "definitions", "questions", "message"),
+    [(100, 20, 4, "tokens=100"), (10**7, 20, 4, "tokens=10000000"), (700, 4, 5, "questions=5")],
+)
+def test_recall_prompts_that_cannot_be_made(
+    plain: Any, tokens: int, definitions: int, questions: int, message: str
+) -> None:
+    with pytest.raises(TQError, match=message):
+        recall_prompt(plain[1], tokens, definitions=definitions, questions=questions)
 
 
 def test_tasks_fit_the_context() -> None:

@@ -1,4 +1,4 @@
-"""Tasks that need the history: recalling a definition, and copying."""
+"""Tasks that need the history: recalling definitions, and copying."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch import Tensor
 from tq_core import TQError
 
 from tq_hf.argument import cache_argument
-from tq_hf.models import retrieval_tasks
+from tq_hf.verify.recall import recall_prompt
 from tq_hf.verify.texts import start_token
 
 __all__ = ["TaskCell", "copy_cells", "retrieval_cells", "task_sizes"]
 
 CacheFactory = Callable[[], Any]
-#: Tokens at the end of a prompt that are fed after the rest, so that they read codes.
-LAST = 24
-DEPTHS = (0.1, 0.5, 0.9)
-_LEAD = 96  # least of `retrieval_tasks`
+#: Definitions that a prompt asks for, and its tokens for each that it defines.
+QUESTIONS, SPACING = 12, 24
+#: Where definitions lie, on average, in the thirds of a prompt.
+DEPTHS = (0.17, 0.5, 0.83)
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,11 @@ class TaskCell:
     ----------
     task : {"retrieval", "copy"}
     length : int
-        Tokens of the prompt; of the run that is copied.
+        Tokens of the prompt before its questions; of the run that is copied.
     depth : float or None
-        Where the definition lies: 0 is the start of the prompt.
+        Middle of the third of the prompt in which the definitions lie: 0 is its start.
     count : int
-        Prompts, or tokens copied.
+        Values asked for, or tokens copied.
     base_accuracy, accuracy : float
         Share that is right with the 16-bit cache and with this one.
     """
@@ -51,7 +51,7 @@ class TaskCell:
 
 def task_sizes(context: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Lengths of retrieval prompts and of copied runs that fit a model's context."""
-    lengths = tuple(n for n in (512, 1536, 4096, 16384) if n + 128 <= context)[:3]
+    lengths = tuple(n for n in (512, 1536, 4096) if n + 24 * QUESTIONS <= context)
     return lengths, tuple(n for n in (64, 256) if 2 * n + 2 <= context)
 
 
@@ -74,41 +74,55 @@ def retrieval_cells(
     *,
     count: int = 3,
     seed: int = 0,
+    chunk: int = 32,
 ) -> Iterator[TaskCell]:
-    """Recall a value by length of the prompt and depth of its definition.
+    """Recall values by length of the prompt and depth of their definitions.
 
-    The prompt is fed at once but for its last tokens, as generation does; these and the answer
-    read the history from the cache. See `tq_hf.models.retrieval_tasks`.
+    A prompt is fed at once, as generation does; the questions read it from the cache. See
+    `tq_hf.verify.recall.recall_prompt`.
+
+    Parameters
+    ----------
+    model, tokenizer
+    lengths : sequence of int
+    make_base, make_cache : callable
+        Return empty caches.
+    count : int
+        Prompts of a length.
+    seed : int
+    chunk : int
+        Tokens of the questions fed at a time.
 
     Raises
     ------
     TQError
-        For lengths below 256.
+        For lengths below 512, whose definitions are fewer than what is asked for.
     """
     for length in lengths:
-        if length < 256:
-            raise TQError(f"length={length}: retrieval prompts need at least 256 tokens")
-        for depth in DEPTHS:
-            lead = max(_LEAD, round(length * depth))
-            distance = max(48, length - lead)
-            tasks = retrieval_tasks(
+        if length < 512:
+            raise TQError(f"length={length}: retrieval prompts need at least 512 tokens")
+        hits = {depth: [0, 0, 0] for depth in DEPTHS}
+        for number in range(count):
+            prompt = recall_prompt(
                 tokenizer,
-                distance,
-                count,
-                seed=seed,
-                context=length + 256,
-                lead=lead,
+                length,
+                definitions=length // SPACING,
+                questions=QUESTIONS,
+                seed=seed + number,
             )
-            hits = [0, 0]
-            for task in tasks:
-                ids = torch.tensor([[*task.prompt, *task.answer]], device=model.device)
-                size = ids.shape[1] - 1
-                first = len(task.prompt) - LAST
-                for i, make in enumerate((make_base, make_cache)):
-                    best = _best(model, ids[:, :-1], make(), (first, size - first))
-                    answer = ids[0, len(task.prompt) :]
-                    hits[i] += int(torch.equal(best[len(task.prompt) - 1 :], answer))
-            yield TaskCell("retrieval", length, depth, count, hits[0] / count, hits[1] / count)
+            ids = torch.tensor([prompt.ids], device=model.device)
+            rest = ids.shape[1] - 1 - prompt.context
+            sizes = (prompt.context, *(min(chunk, rest - at) for at in range(0, rest, chunk)))
+            found = [_best(model, ids[:, :-1], make(), sizes) for make in (make_base, make_cache)]
+            for answer in prompt.answers:
+                cell = hits[DEPTHS[min(2, 3 * answer.place // length)]]
+                cell[2] += 1
+                for i, best in enumerate(found):
+                    value = ids[0, answer.start : answer.stop]
+                    cell[i] += int(torch.equal(best[answer.start - 1 : answer.stop - 1], value))
+        for depth, (base, ours, asked) in hits.items():
+            if asked:
+                yield TaskCell("retrieval", length, depth, asked, base / asked, ours / asked)
 
 
 def copy_cells(
