@@ -297,6 +297,50 @@ def gpu_prefill() -> str:
     )
 
 
+@table("decode-change")
+def decode_change() -> str:
+    """What reading whole lines and rotating queries inside changed, in one run on an H100."""
+    kinds = ("whole lines", "whole lines, multipliers, no masks, queries rotated inside")
+    rows = []
+    for entry in load("benchmarks/results/variants-h100.json")["decode"]:
+        shape, taken = entry["shape"], entry["us"]
+        label = f"{shape['batch']} × {thousands(shape['context'])}, K{shape['k_bits']}V{shape['v_bits']}"
+        if shape["head_dim"] != 128:
+            label += f", d={shape['head_dim']}"
+        if shape["query_len"] > 1:
+            label += f", {shape['query_len']} tokens"
+        before = taken["before"]
+        rows.append(
+            (label, f"{before:.1f}", *(f"{taken[k]:.1f} ({taken[k] / before:.2f}x)" for k in kinds))
+        )
+    return markdown(("", "before µs", "whole lines µs", "queries inside too µs"), rows)
+
+
+@table("serving")
+def serving() -> str:
+    """vLLM on a GPU with each kind of cache, times over those of the first."""
+    result = load("benchmarks/results/serving-h200.json")
+    found = {(r["variant"], r["scenario"]): r for r in result["rows"] if "error" not in r}
+    columns = (
+        ("kv-bound", "kv_tokens", "tokens in 48 GB"),
+        ("batch-64-cached", "median_tpot_ms", "64 × 8k: TPOT ms"),
+        ("batch-1", "median_tpot_ms", "1 × 32k: TPOT ms"),
+        ("batch-1", "median_ttft_ms", "1 × 32k: TTFT ms"),
+        ("kv-bound", "output_throughput", "3 caches full: tokens/s"),
+    )
+    variants = list(dict.fromkeys(v for v, s in found if s != "outputs"))
+
+    def cell(variant: str, scenario: str, name: str) -> str:
+        if (variant, scenario) not in found:
+            return "–"
+        value, first = (found[v, scenario][name] for v in (variant, variants[0]))
+        text = f"{value:,.2f}" if name.endswith("ms") else f"{value:,.0f}"
+        return f"{text} ({value / first:.2f}x)" if variant != variants[0] else text
+
+    rows = [(v, *(cell(v, scenario, name) for scenario, name, _ in columns)) for v in variants]
+    return markdown(("", *(title for *_, title in columns)), rows)
+
+
 def reproduced(name: str, **values: Any) -> list[dict[str, Any]]:
     """Rows of an experiment of `tq reproduce` that have these values."""
     rows = load(f"benchmarks/results/reproduce/{name}.json")["rows"]

@@ -23,6 +23,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -219,6 +220,10 @@ class Results:
 
     def add(self, row: dict[str, Any]) -> None:
         """Add a row and write the file."""
+        for name in ("server", "command"):
+            if name in row:
+                row[name] = [Path(w).name if Path(w).is_absolute() else w for w in row[name]]
+        self.content["date"] = datetime.now(UTC).isoformat(timespec="seconds")
         key = (row["variant"], row["scenario"])
         kept = [r for r in self.content["rows"] if (r["variant"], r["scenario"]) != key]
         kept = sorted([*kept, row], key=lambda r: self.order.index((r["variant"], r["scenario"])))
