@@ -122,6 +122,14 @@ def _warps_per_sm(fmt: KVFormat, blocks: int) -> int:
     return WARPS_PER_SM[fmt.head_dim, blocks]
 
 
+def _batch_block(batch: int) -> int:
+    """Sequences that a program looks through: few sizes, since each is compiled for seconds."""
+    size = 32
+    while size < batch:
+        size *= 4
+    return size
+
+
 def _rotates(fmt: KVFormat, blocks: int) -> bool:
     """Whether the kernel rotates queries itself: more rows would take long to compile."""
     return fmt.rotation == "hadamard" and blocks <= 2
@@ -236,7 +244,7 @@ class NvidiaDecodePlan:
         pairs = batch * spec.kv_heads * self.chunks
         rows = pairs * 4 * self.blocks
         cu = self._one_each if cu_query_lens is None else cu_query_lens
-        batch_block = max(32, triton.next_power_of_2(batch))
+        batch_block = _batch_block(batch)
         dim, window = spec.fmt.head_dim, spec.sliding_window or 0
         center = q if key_center is None else key_center
         after = {"launch_pdl": True} if self._overlap else {}
