@@ -27,9 +27,9 @@ from tq_kernels.nvidia.lanes import (
     byte_of_each,
     half,
     load,
-    max_over_groups,
+    max_over_lanes,
     second_byte_of_each,
-    sum_over_groups,
+    sum_over_lanes,
 )
 from tq_kernels.nvidia.ptx import pv_tile, qk_tile
 from tq_kernels.nvidia.query_digits import query_digits
@@ -163,7 +163,7 @@ def _attend(
         scale = tl.where(held, half(v_scales[i // 2], i % 2 == 1), 0.0)
         top_scale = tl.maximum(top_scale, scale)
         scales = scales + (scale,)
-    top_scale = max_over_groups(top_scale)
+    top_scale = max_over_lanes(top_scale, 4)
     weights = ()
     gains = ()
     for n in tl.static_range(NB):
@@ -183,7 +183,7 @@ def _attend(
             logit = tl.where(visible, logit, float("-inf"))
             tile_max = tl.maximum(tile_max, logit)
             logits = logits + (logit,)
-        tile_max = max_over_groups(tile_max)
+        tile_max = max_over_lanes(tile_max, 4)
         new_max = tl.maximum(row_max, tile_max)
         safe_max = tl.maximum(new_max, -1e30)
         shrink = tl.exp2(row_max - safe_max)
@@ -457,8 +457,8 @@ def decode_partials(
         slot = (program + pair).to(tl.int64)
         for n in tl.static_range(NB):
             row = slot * (4 * NB) + n * 4 + lane_t
-            row_sum = sum_over_groups(state[3 * n + 1])
-            centre = sum_over_groups(state[3 * n + 2]) * v_center
+            row_sum = sum_over_lanes(state[3 * n + 1], 4)
+            centre = sum_over_lanes(state[3 * n + 2], 4) * v_center
             tl.store(partial_stats + row * 2, state[3 * n], mask=lane_g == 0)
             tl.store(partial_stats + row * 2 + 1, row_sum, mask=lane_g == 0)
             for i in tl.static_range(NW):

@@ -16,12 +16,12 @@ __all__ = [
     "byte_of_each",
     "half",
     "load",
-    "max_over_groups",
+    "max_over_lanes",
     "pick_bytes",
     "second_byte_of_each",
     "shuffle",
     "shuffle_float",
-    "sum_over_groups",
+    "sum_over_lanes",
 ]
 
 
@@ -58,19 +58,22 @@ def butterfly(x, distance: tl.constexpr):
 
 
 @triton.jit
-def max_over_groups(x):
-    """Largest of the 8 lanes with the same ``t``."""
-    x = tl.maximum(x, butterfly(x, 4))
-    x = tl.maximum(x, butterfly(x, 8))
-    return tl.maximum(x, butterfly(x, 16))
+def max_over_lanes(x, distance: tl.constexpr):
+    """Largest of the 8 lanes that differ in three bits from ``distance`` on.
+
+    With distance 4 they are the lanes of one ``t``, with 1 those of two neighbouring groups.
+    """
+    x = tl.maximum(x, butterfly(x, distance))
+    x = tl.maximum(x, butterfly(x, 2 * distance))
+    return tl.maximum(x, butterfly(x, 4 * distance))
 
 
 @triton.jit
-def sum_over_groups(x):
-    """Sum of the 8 lanes with the same ``t``."""
-    x += butterfly(x, 4)
-    x += butterfly(x, 8)
-    return x + butterfly(x, 16)
+def sum_over_lanes(x, distance: tl.constexpr):
+    """Sum of the lanes that :func:`max_over_lanes` takes together."""
+    x += butterfly(x, distance)
+    x += butterfly(x, 2 * distance)
+    return x + butterfly(x, 4 * distance)
 
 
 @triton.jit

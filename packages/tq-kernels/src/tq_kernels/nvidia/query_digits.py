@@ -16,26 +16,14 @@ from tq_kernels.nvidia.lanes import (
     byte_of_each,
     half,
     load,
+    max_over_lanes,
     second_byte_of_each,
     shuffle,
     shuffle_float,
+    sum_over_lanes,
 )
 
 __all__ = ["query_digits"]
-
-
-@triton.jit
-def _max_over_row(x):
-    x = tl.maximum(x, butterfly(x, 1))
-    x = tl.maximum(x, butterfly(x, 2))
-    return tl.maximum(x, butterfly(x, 4))
-
-
-@triton.jit
-def _sum_over_row(x):
-    x += butterfly(x, 1)
-    x += butterfly(x, 2)
-    return x + butterfly(x, 4)
 
 
 @triton.jit
@@ -125,9 +113,9 @@ def query_digits(
     if CENTER:
         for i in tl.static_range(COUNT):
             center += x[i] * tl.load(key_center + kv_head * D + dims + i).to(tl.float32)
-        center = _sum_over_row(center) * center_scale
+        center = sum_over_lanes(center, 1) * center_scale
     # A power of two keeps the sums of any input in range without rounding it.
-    unit = tl.exp2(tl.floor(tl.log2(_max_over_row(top))))
+    unit = tl.exp2(tl.floor(tl.log2(max_over_lanes(top, 1))))
     scaled = ()
     for i in tl.static_range(COUNT):
         scaled = scaled + (x[i] / unit,)
@@ -137,7 +125,7 @@ def query_digits(
     peak = tl.full([32], 1e-30, tl.float32)
     for i in tl.static_range(COUNT):
         peak = tl.maximum(peak, tl.abs(x[i]))
-    peak = _max_over_row(peak)
+    peak = max_over_lanes(peak, 1)
     gain = 32639.0 / peak
     ROUND: tl.constexpr = 12582912.0  # 1.5 * 2^23: adding it rounds to an integer
     total = tl.zeros([32], tl.float32)
@@ -146,7 +134,7 @@ def query_digits(
         rounded = x[i] * gain + ROUND
         total += rounded - ROUND
         numbers = numbers + (rounded.to(tl.int32, bitcast=True),)
-    total = _sum_over_row(total)
+    total = sum_over_lanes(total, 1)
     # A lane keeps one digit of its dimensions and gets the same digit of its neighbour's.
     first = ()
     second = ()
