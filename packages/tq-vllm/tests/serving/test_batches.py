@@ -347,3 +347,36 @@ def test_kernels_warm_up_with_what_the_layers_pass(monkeypatch) -> None:
     cpu = torch.device("cpu")
     ops._warm_up(shape, tq_kernels.KVFormat(64), torch.float32, cpu, torch.float32, torch.float32)
     assert sorted(stored) == [(1, -1), (20, -1)]
+
+
+def test_buffers_are_there_when_memory_was_measured(vllm_config, monkeypatch):
+    """vLLM runs layers without a batch then; steps find the plans that this made."""
+    from tq_vllm.backend import TurboQuantBackend
+    from tq_vllm.ops import Decodes, FusedOps, Prefills, _decode_plan, _prefill_plan
+    from vllm.config import set_current_vllm_config
+
+    with set_current_vllm_config(vllm_config):
+        impl = TurboQuantBackend.get_impl_cls()(4, 64, 0.125, 2)
+    shape = replace(impl.ops.shape, max_batch=2, max_decode_query_len=3, max_tokens=32)
+    impl.ops = FusedOps(shape)
+    for plans in (_decode_plan, _prefill_plan):
+        plans.cache_clear()
+    q, k = torch.randn(20, 4, 64), torch.randn(20, 2, 64)
+    out = torch.full_like(q, math.nan)
+    impl.forward(None, q, k, k, torch.tensor([]), None, out)
+    assert (out == 0).all()
+    made = [plans.cache_info().misses for plans in (_decode_plan, _prefill_plan)]
+    assert made == [2, 1]  # one query a sequence, and several
+
+    size = vllm_config.cache_config.block_size
+    fmt = KVFormat(64, page_size=size)
+    pages = fmt.allocate_pages(2, 2)
+    table, lengths = torch.tensor([[0]], dtype=torch.int32), torch.tensor([3], dtype=torch.int32)
+    slots = torch.arange(3)
+    impl.ops.store(k[:3], k[:3], pages, slots, fmt)
+    starts = torch.tensor([0, 3], dtype=torch.int32)
+    none = torch.zeros(1, dtype=torch.int32)
+    impl.ops.decode(q[:1], Decodes(pages, fmt, table, lengths, None), out[:1])
+    impl.ops.decode(q[:3], Decodes(pages, fmt, table, lengths, starts), out[:3])
+    impl.ops.prefill(q[:3], k[:3], k[:3], Prefills(pages, fmt, table, starts, none, slots), out[:3])
+    assert [plans.cache_info().misses for plans in (_decode_plan, _prefill_plan)] == made

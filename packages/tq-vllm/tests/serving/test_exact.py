@@ -129,3 +129,41 @@ def test_sliding_window_layers_beside_full_ones(start, reference, decide, window
             assert cache.kv_cache_layout == ("BLHNC" if packed else "LBHNC")
             slots = 2 * 132 + 196 if packed else 3 * 132
             assert cache.num_gpu_blocks == (8 << 20) // (2 * 32 * slots)
+
+
+def test_logprobs_are_those_of_the_cache_for_transformers(start, reference, held_out, tiny):
+    """The same format there: prompts are codes up to their last multiple of 16 tokens.
+
+    The step after a prompt of such a length differs in one token, which is a code here and has 16
+    bits there.
+    """
+    import torch
+    from tq_hf import TurboQuantCache, cache_argument
+    from transformers import DynamicCache
+
+    prompts = held_out([64, 96, 128, 160, 192, 256, 320, 384])
+    model = reference(tiny, None).model
+    with start(tiny, {"TQ_PRESET": "tq4"}) as engine:
+        outs = engine.generate(prompts, 2, logprobs=1)
+
+    def forced(cache, prompt, tokens):
+        """Log-probabilities of tokens after a prompt."""
+        found, ids = [], torch.tensor([prompt])
+        for token in tokens:
+            with torch.no_grad():
+                logits = model(ids, **cache_argument(model, cache), use_cache=True).logits[0, -1]
+            found.append(float(logits.log_softmax(-1)[token]))
+            ids = torch.tensor([[token]])
+        return found
+
+    near, far = [], []
+    for prompt, out, own in zip(prompts, outs, logprobs_of(outs), strict=True):
+        tokens = out.outputs[0].token_ids
+        cache = TurboQuantCache(model.config, sink_tokens=0, window_tokens=0)
+        first, second = forced(cache, prompt, tokens)
+        plain = forced(DynamicCache(config=model.config), prompt, tokens)
+        assert own[0] == pytest.approx(first, abs=1e-3)
+        near.append(abs(own[1] - second))
+        far.append(abs(own[1] - plain[1]))
+    assert max(near) < 0.03
+    assert sum(near) < 0.2 * sum(far)
