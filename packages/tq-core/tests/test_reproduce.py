@@ -114,6 +114,7 @@ def test_text_embeddings_put_a_text_beside_its_likes() -> None:
     same = np.arange(30) // 5 % 2
     assert np.all(cosine[same[:, None] == same] > 0.99)
     assert np.all(np.abs(cosine[same[:, None] != same]) < 0.5)
+    assert np.all(x[np.argmax(np.abs(x[:, 0])), 0] > 0)
     with pytest.raises(ValueError, match="too few for 40 dimensions"):
         vectors.text_embeddings(fruit * 3, 40)
 

@@ -99,7 +99,9 @@ def text_embeddings(texts: list[str], dim: int) -> Single:
     weighted = counts @ sparse.diags(np.log(len(texts) / documents[documents >= 3]))
     start = np.random.default_rng(0).standard_normal(min(counts.shape))
     u, s, _ = linalg.svds(weighted, k=dim, v0=start)
-    x = u * s
+    # A singular vector may have either sign: that of its largest number is made positive.
+    largest = u[np.argmax(np.abs(u), axis=0), np.arange(dim)]
+    x = u * (s * np.sign(largest))
     length = np.linalg.norm(x, axis=1)
     x = x[length > 1e-6 * float(length.max())]
     return np.asarray(x / np.linalg.norm(x, axis=1, keepdims=True), dtype=np.float32)
