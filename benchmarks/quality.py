@@ -170,6 +170,15 @@ def settings(model: Any, tokenizer: Any) -> Settings:
         history = turboquant(KVFormat(dim, bits, bits), centers=usual, metrics=metrics)
         name = f"K{bits}V{bits}, error feedback"
         out.put("feedback", name, history, budget=None)
+        both = {"k_bits": bits, "v_bits": bits}
+        out.put("codes", name, history, codes="error feedback", **both)
+        fmt = KVFormat(dim, bits, bits)
+        put("codes", bits, bits, show={"codes": "nearest"})
+        history = turboquant(fmt, centers=usual, search=True)
+        out.put("codes", f"K{bits}V{bits}, scale search", history, codes="scale search", **both)
+        history = turboquant(fmt, centers=usual, metrics=metrics, carry=False)
+        name, label = f"K{bits}V{bits}, scale in the metric", "nearest, scale in the metric"
+        out.put("codes", name, history, codes=label, **both)
     put("schedule", 4, 3)
     put("schedule", 3, 2)
     pairs = ((8, 8), (8, 4), (4, 4), (4, 3), (3, 4), (3, 3), (4, 2), (2, 4), (3, 2), (2, 3), (2, 2))

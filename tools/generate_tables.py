@@ -699,6 +699,12 @@ def quality_feedback() -> str:
     return markdown(header, rows)
 
 
+@table("quality-codes")
+def quality_codes() -> str:
+    """How codes of the same bytes are chosen."""
+    return quality_ablation("codes", "format", "codes")
+
+
 @table("quality-paper")
 def quality_paper() -> str:
     """The paper's fractional rates, and our codes of as many bytes or fewer."""

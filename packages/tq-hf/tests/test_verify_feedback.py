@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 from tq_core import TQError
 from tq_hf.models import held_out_text
-from tq_hf.verify.feedback import IMPLEMENTATION, encode_with_feedback, error_metrics
+from tq_hf.verify.feedback import (
+    IMPLEMENTATION,
+    encode_with_feedback,
+    encode_with_search,
+    error_metrics,
+)
 from tq_hf.verify.roundings import turboquant
 from tq_kernels import KVFormat, decode_tokens, encode_tokens
 
@@ -66,10 +71,38 @@ def test_scales_are_unbiased_in_the_metric() -> None:
     torch.testing.assert_close(product, torch.ones_like(product), rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_without_carrying_only_the_scale_changes(bits: int) -> None:
+    fmt, x = KVFormat(64, bits, bits), vectors()
+    plain = encode_tokens(x, fmt, "k")
+    found = encode_with_feedback(x, fmt, "k", uneven(), carry=False)
+    for ours, theirs in zip(found.planes, plain.planes, strict=True):
+        assert torch.equal(ours, theirs)
+    assert (found.scales / plain.scales - 1).abs().mean() > 0.005
+
+
+@pytest.mark.parametrize(("bits", "share"), [(2, 1.0), (3, 0.97), (4, 0.9)])
+@pytest.mark.parametrize("kind", ["k", "v"])
+def test_scale_search_leaves_smaller_angles(bits: int, share: float, kind: Any) -> None:
+    fmt, x = KVFormat(64, bits, bits), vectors()
+
+    def restored(codes: Any) -> Tensor:
+        return decode_tokens(codes, fmt, kind)
+
+    plain, found = restored(encode_tokens(x, fmt, kind)), restored(encode_with_search(x, fmt, kind))
+    before, after = (1 - torch.cosine_similarity(x, y, dim=-1) for y in (plain, found))
+    assert (after <= before + 1e-5).all()
+    assert after.mean() < share * before.mean()
+    product = (x * found).sum(-1) / x.square().sum(-1)
+    torch.testing.assert_close(product, torch.ones_like(product), rtol=1e-3, atol=0)
+
+
 def test_zero_vectors() -> None:
     fmt = KVFormat(64, 4, 4)
     codes = encode_with_feedback(torch.zeros(1, 2, 3, 64), fmt, "v", uneven())
     assert torch.equal(decode_tokens(codes, fmt, "v"), torch.zeros(1, 2, 3, 64))
+    codes = encode_with_search(torch.zeros(1, 2, 3, 64), fmt, "k")
+    assert torch.equal(decode_tokens(codes, fmt, "k"), torch.zeros(1, 2, 3, 64))
 
 
 def test_metrics_are_those_of_queries_and_output_projections(single: Any) -> None:

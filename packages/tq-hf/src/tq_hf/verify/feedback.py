@@ -1,4 +1,4 @@
-"""Codes of a vector chosen together: error feedback in a metric of the model.
+"""Codes of a vector chosen together: error feedback in a metric of the model, and scale search.
 
 What a rounded key costs is the error of its logits, ``(q . e)^2`` over the queries ``q``; what a
 rounded value costs is the error after the output projection ``W``, ``|W e|^2``. Both are
@@ -26,15 +26,61 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-__all__ = ["encode_with_feedback", "error_metrics"]
+__all__ = ["SEARCHED", "encode_with_feedback", "encode_with_search", "error_metrics"]
 
 IMPLEMENTATION = "tq_query_probe"
 #: Share of the mean energy that is added to the diagonal of a metric.
 _DAMPING = 0.01
+#: Factors of a vector that scale search tries.
+SEARCHED = tuple(1 + 0.02 * i for i in range(-10, 11))
 _SUMS: ContextVar[dict[int, Tensor] | None] = ContextVar("query_sums", default=None)
 
 
-def encode_with_feedback(x: Tensor, fmt: KVFormat, kind: Kind, metric: Tensor) -> TokenCodes:
+def _unit(x: Tensor, fmt: KVFormat) -> tuple[Tensor, Tensor]:
+    """Rotated vectors of length one, and their lengths [..., 1]."""
+    y = x.float() @ fmt.rotation_matrix().T
+    norm = y.norm(dim=-1, keepdim=True)
+    return y / norm.clamp_min(1e-30), norm
+
+
+def _book(fmt: KVFormat, kind: Kind) -> tuple[Tensor, Tensor]:
+    book = codebook_of(fmt, kind)
+    centroids, boundaries = book.centroids.copy(), book.boundaries.copy()
+    return torch.from_numpy(centroids).float(), torch.from_numpy(boundaries).float()
+
+
+def _packed(codes: Tensor, scale: Tensor, fmt: KVFormat, kind: Kind) -> TokenCodes:
+    bits = fmt.k_bits if kind == "k" else fmt.v_bits
+    return TokenCodes(pack_codes(codes, bits, kind), to_half(scale))
+
+
+def encode_with_search(x: Tensor, fmt: KVFormat, kind: Kind) -> TokenCodes:
+    """Codes of vectors at the scale, of those in `SEARCHED`, that leaves the least angle.
+
+    Parameters
+    ----------
+    x : float tensor [..., tokens, head_dim]
+    fmt : KVFormat
+        Its scale is not used: scales are unbiased.
+    kind : {"k", "v"}
+    """
+    unit, norm = _unit(x, fmt)
+    centroids, boundaries = _book(fmt, kind)
+    codes = torch.zeros(unit.shape, dtype=torch.uint8)
+    cosine = torch.full(norm.shape, -torch.inf)
+    for factor in SEARCHED:
+        tried = torch.bucketize(unit * factor, boundaries, right=True).to(torch.uint8)
+        c = centroids[tried.int()]
+        found = (unit * c).sum(-1, keepdim=True) / c.norm(dim=-1, keepdim=True)
+        better = found > cosine
+        codes, cosine = torch.where(better, tried, codes), torch.where(better, found, cosine)
+    product = (unit * centroids[codes.int()]).sum(-1)
+    return _packed(codes, norm[..., 0] / torch.where(product == 0, 1.0, product), fmt, kind)
+
+
+def encode_with_feedback(
+    x: Tensor, fmt: KVFormat, kind: Kind, metric: Tensor, *, carry: bool = True
+) -> TokenCodes:
     """Codes of vectors with little error in a metric.
 
     Parameters
@@ -45,6 +91,9 @@ def encode_with_feedback(x: Tensor, fmt: KVFormat, kind: Kind, metric: Tensor) -
     kind : {"k", "v"}
     metric : float tensor [kv_heads, head_dim, head_dim]
         Symmetric and positive.
+    carry : bool
+        Whether coordinates make up for the errors of others; if not, only the scale knows of the
+        metric.
     """
     rotation = fmt.rotation_matrix(dtype=torch.float64)
     weight = rotation @ metric.double() @ rotation.T
@@ -53,12 +102,10 @@ def encode_with_feedback(x: Tensor, fmt: KVFormat, kind: Kind, metric: Tensor) -
     root = torch.linalg.cholesky(weight)
     lower = (root / root.diagonal(dim1=-2, dim2=-1)[..., None, :]).float()
     weight = weight.float()
-    book = codebook_of(fmt, kind)
-    centroids = torch.from_numpy(book.centroids.copy()).float()
-    boundaries = torch.from_numpy(book.boundaries.copy()).float()
-    y = x.float() @ rotation.float().T
-    norm = y.norm(dim=-1, keepdim=True)
-    unit = y / norm.clamp_min(1e-30)
+    if not carry:
+        lower = torch.zeros_like(lower)
+    unit, norm = _unit(x, fmt)
+    centroids, boundaries = _book(fmt, kind)
     codes = torch.zeros(unit.shape, dtype=torch.uint8)
     error = torch.zeros_like(unit)
     for j in reversed(range(fmt.head_dim)):
@@ -69,8 +116,7 @@ def encode_with_feedback(x: Tensor, fmt: KVFormat, kind: Kind, metric: Tensor) -
     seen = unit @ weight
     product = (seen * c).sum(-1)
     scale = norm[..., 0] * (seen * unit).sum(-1) / torch.where(product == 0, 1.0, product)
-    bits = fmt.k_bits if kind == "k" else fmt.v_bits
-    return TokenCodes(pack_codes(codes, bits, kind), to_half(scale))
+    return _packed(codes, scale, fmt, kind)
 
 
 @torch.no_grad()

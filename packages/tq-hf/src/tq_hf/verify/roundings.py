@@ -26,7 +26,7 @@ from tq_kernels.codec import Kind
 from tq_kernels.format import ScaleName
 
 from tq_hf.bits import EXACT
-from tq_hf.verify.feedback import encode_with_feedback
+from tq_hf.verify.feedback import encode_with_feedback, encode_with_search
 from tq_hf.verify.simulate import RoundedHistory, Rounding
 
 __all__ = [
@@ -69,6 +69,8 @@ def turboquant(
     own_seeds: bool = False,
     layer_bits: Sequence[tuple[int, int]] | None = None,
     metrics: Mapping[int, tuple[Tensor, Tensor]] | None = None,
+    carry: bool = True,
+    search: bool = False,
     **options: Any,
 ) -> RoundedHistory:
     """TurboQuant's codes, encoded and decoded by tq-kernels.
@@ -86,6 +88,10 @@ def turboquant(
         one half of a layer alone.
     metrics : mapping of int to pair of tensors, optional
         Of `tq_hf.verify.feedback.error_metrics`, to encode with error feedback.
+    carry : bool
+        As for `tq_hf.verify.feedback.encode_with_feedback`.
+    search : bool
+        Whether to search the scale; see `tq_hf.verify.feedback.encode_with_search`.
     options
         Of `RoundedHistory`.
     """
@@ -99,10 +105,12 @@ def turboquant(
                 return x
             own = replace(own, k_bits=bits, v_bits=bits)
         wide = torch.promote_types(x.dtype, torch.float32)
-        if metrics is None:
-            codes = encode_tokens(x, own, kind)
+        if metrics is not None:
+            codes = encode_with_feedback(x, own, kind, metrics[layer][half], carry=carry)
+        elif search:
+            codes = encode_with_search(x, own, kind)
         else:
-            codes = encode_with_feedback(x, own, kind, metrics[layer][half])
+            codes = encode_tokens(x, own, kind)
         return decode_tokens(codes, own, kind, wide)
 
     return RoundedHistory(
