@@ -54,24 +54,23 @@ def smallest(points: Array, count: int) -> Array:
     return points[np.argsort((points**2).sum(1), kind="stable")[:count]]
 
 
-def lattice_error(x: Array, points: Array) -> float:
-    """Mean squared error of the nearest point, at the best scale."""
+def lattice_scale(x: Array, points: Array, tree: cKDTree) -> float:
+    """The scale of least squared error of the nearest point."""
     dim = points.shape[1]
-    tree = cKDTree(points)
+    vectors = x.reshape(-1, dim)[:20000]
 
-    def error(scale: float, vectors: Array) -> float:
+    def error(scale: float) -> float:
         near = points[tree.query(vectors / scale)[1]] * scale
         return float(((vectors - near) ** 2).mean())
 
-    vectors = x.reshape(-1, dim)
     typical = dim**0.5 / float(((points**2).sum(1)).max() ** 0.5)
     best = minimize_scalar(
-        lambda s: error(s, vectors[:20000]),
+        error,
         bounds=(0.5 * typical, 3 * typical),
         method="bounded",
         options={"xatol": 1e-3 * typical},
     )
-    return error(float(best.x), vectors)
+    return float(best.x)
 
 
 def trellis_states(symbols: Array, memory: int, bits: int) -> Array:
@@ -168,16 +167,28 @@ def switched_table(bits: int, x: Array) -> Array:
     return table
 
 
-def timed(call: Callable[[], float]) -> tuple[float, float]:
-    """Result and seconds of processor time."""
-    start = time.process_time()
-    return call(), time.process_time() - start
+def switched_codes(levels: Array) -> Array:
+    """Codes of the levels that :func:`switched_encode` chose."""
+    bit = np.zeros((len(levels), levels.shape[1] + 2), np.int64)
+    for i in range(levels.shape[1]):
+        bit[:, i + 2] = (levels[:, i] & 1) ^ bit[:, i]
+    return (levels >> 2 << 1) | bit[:, 2:]
 
 
-def trellis_error(x: Array, table: Array, memory: int, bits: int) -> float:
-    """Mean squared error of the best path."""
-    numbers = table[trellis_states(trellis_encode(x, table, bits), memory, bits)]
-    return float(((x - numbers) ** 2).mean())
+def switched_levels(codes: Array) -> Array:
+    """Levels of codes; see :func:`switched_cosets`."""
+    bit = np.pad(codes & 1, ((0, 0), (2, 0)))
+    return (codes >> 1 << 2) + 2 * bit[:, 1:-1] + (bit[:, 2:] ^ bit[:, :-2])
+
+
+def timed(call: Callable[[], Array], repeats: int = 1) -> tuple[Array, float]:
+    """Result, and least seconds of processor time of a few calls."""
+    seconds = []
+    for _ in range(repeats):
+        start = time.process_time()
+        result = call()
+        seconds.append(time.process_time() - start)
+    return result, min(seconds)
 
 
 def main() -> None:
@@ -190,37 +201,56 @@ def main() -> None:
     x, train = (rng.standard_normal((options.vectors, DIM)) for _ in range(2))
     rows: list[dict[str, object]] = []
 
-    def add(code: str, bits: int, mse: float, entries: int, seconds: float | None) -> None:
+    def add(
+        code: str, bits: int, entries: int,
+        encode: Callable[[Array], Array], decode: Callable[[Array], Array],
+    ) -> None:  # fmt: skip
+        codes, encoding = timed(lambda: encode(x))
+        numbers, decoding = timed(lambda: decode(codes), 5)
+        mse = float(((x - numbers.reshape(x.shape)) ** 2).mean())
         rows.append(
-            {"code": code, "bits": bits, "mse": mse, "entries": entries, "encode_s": seconds}
+            {
+                "code": code,
+                "bits": bits,
+                "mse": mse,
+                "entries": entries,
+                "encode_s": encoding,
+                "decode_s": decoding,
+            }
         )
-        print(code, bits, mse, seconds)
+        print(code, bits, mse, encoding, decoding, flush=True)
+
+    def add_lattice(name: str, bits: int, points: Array) -> None:
+        tree = cKDTree(points)
+        scale, dim = lattice_scale(x, points, tree), points.shape[1]
+        table = points * scale
+        add(name, bits, len(points), lambda v: tree.query(v.reshape(-1, dim) / scale)[1],
+            lambda c: table[c])  # fmt: skip
+
+    def add_scalar(name: str, bits: int, numbers: Array) -> None:
+        cut = (numbers[1:] + numbers[:-1]) / 2
+        add(name, bits, 1 << bits, lambda v: np.searchsorted(cut, v), lambda c: numbers[c])
+
+    def add_trellis(memory: int, bits: int) -> None:
+        table = trellis_table(memory, bits, rng, train)
+        add(f"trellis of {memory} bits", bits, len(table),
+            lambda v: trellis_encode(v, table, bits),
+            lambda c: table[trellis_states(c, memory, bits)])  # fmt: skip
 
     for bits in (2, 3, 4):
-        book = lloyd_max(DIM, bits)
-        centroids = book.centroids * DIM**0.5
-        cut = (centroids[1:] + centroids[:-1]) / 2
-        error, seconds = timed(
-            lambda c=centroids, b=cut: float(((x - c[np.searchsorted(b, x)]) ** 2).mean())
-        )
-        add("Lloyd-Max", bits, error, 1 << bits, seconds)
+        add_scalar("Lloyd-Max", bits, lloyd_max(DIM, bits).centroids * DIM**0.5)
         for grid, label in (("int7", "int8 numbers, as the page format"), ("e4m3", "FP8 numbers")):
             numbers = lloyd_max(DIM, bits, grid).centroids * DIM**0.5
-            cut = (numbers[1:] + numbers[:-1]) / 2
-            error = float(((x - numbers[np.searchsorted(cut, x)]) ** 2).mean())
-            add(f"Lloyd-Max on {label}", bits, error, 1 << bits, None)
+            add_scalar(f"Lloyd-Max on {label}", bits, numbers)
         levels = switched_table(bits, train)
-        error, seconds = timed(lambda t=levels: float(((x - t[switched_encode(x, t)]) ** 2).mean()))
-        add("trellis of 4 states, doubled codebook", bits, error, len(levels), seconds)
-        points = smallest(d4({2: 12, 3: 60, 4: 240}[bits]), 1 << 4 * bits)
-        add("D4 in a ball", bits, lattice_error(x, points), len(points), None)
+        add("trellis of 4 states, doubled codebook", bits, len(levels),
+            lambda v, t=levels: switched_codes(switched_encode(v, t)),
+            lambda c, t=levels: t[switched_levels(c)])  # fmt: skip
+        add_lattice("D4 in a ball", bits, smallest(d4({2: 12, 3: 60, 4: 240}[bits]), 1 << 4 * bits))
         if bits == 2:
-            points = smallest(e8_half(12), 1 << 8 * bits)
-            add("E8 in a ball", bits, lattice_error(x, points), len(points), None)
+            add_lattice("E8 in a ball", bits, smallest(e8_half(12), 1 << 8 * bits))
         for memory in (6, 8, 10, 12):
-            table = trellis_table(memory, bits, rng, train)
-            error, seconds = timed(lambda t=table, m=memory, b=bits: trellis_error(x, t, m, b))
-            add(f"trellis of {memory} bits", bits, error, len(table), seconds)
+            add_trellis(memory, bits)
     result = {
         "vectors": options.vectors,
         "dim": DIM,

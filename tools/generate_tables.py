@@ -590,17 +590,18 @@ def vector_codes() -> str:
     rows = []
     for row in result["rows"]:
         least = 4.0 ** -row["bits"]
-        speed = result["vectors"] / row["encode_s"] if row["encode_s"] else None
         rows.append(
             (
                 f"{row['code']}, {row['bits']} bits",
                 f"{row['mse']:.4f}",
                 f"{row['mse'] / least:.2f}",
                 f"{row['entries']:,}",
-                f"{speed:,.0f}" if speed else "–",
+                *(f"{result['vectors'] / row[key]:,.0f}" for key in ("encode_s", "decode_s")),
             )
         )
-    header = ("code", "squared error", "over Shannon's", "entries", "vectors encoded a second")
+    header = (
+        "code", "squared error", "over Shannon's", "entries", "vectors encoded a second", "decoded",
+    )  # fmt: skip
     return markdown(header, rows)
 
 
