@@ -93,8 +93,14 @@ def _graphs(*sizes: int) -> tuple[str, ...]:
 
 
 OURS = ("--attention-backend", "CUSTOM")
-#: No network, no usage statistics, and the size of the cache in the log.
-QUIET = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "INFO"}
+#: No network, no usage statistics, the size of the cache in the log, and no sampling by FlashInfer,
+#: which a host may lack; the loads are greedy.
+QUIET = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "INFO",
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
+}
 #: Cache sizes are given, so the share of free memory that vLLM asks for is a formality.
 COMMON = ("--dtype", "bfloat16", "--gpu-memory-utilization", "0.1", "--disable-uvicorn-access-log")
 LLAMA = (*COMMON, "--load-format", "dummy", "--max-num-batched-tokens", "8192")
