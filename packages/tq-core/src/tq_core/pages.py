@@ -409,10 +409,11 @@ def encode_record(
         pages = array.reshape(-1, *page)
         scales = np.empty(pages.shape[:2])
         for part in chunks(len(pages), math.prod(page)):
-            if not np.isfinite(pages[part]).all():
-                check_finite(array, name)  # names the index in the caller's shape
-            rows = pages[part].reshape(-1, layout.head_dim)
-            codes, own = encode_rows(rows, rotation, page_codebook(layout.head_dim, bits), scale)
+            rows, book = (
+                pages[part].reshape(-1, layout.head_dim),
+                page_codebook(layout.head_dim, bits),
+            )
+            codes, own = encode_rows(rows, rotation, book, scale, whole=array, name=name)
             scales[part] = own.reshape(-1, layout.page_size)
             packed = pack(codes.reshape(-1, *page), bits)
             for plane, data in zip(planes, packed, strict=True):

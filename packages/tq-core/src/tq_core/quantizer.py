@@ -30,8 +30,9 @@ __all__ = ["Encoded", "InnerProductEncoded", "InnerProductQuantizer", "MSEQuanti
 Float = NDArray[np.float64]
 Bytes = NDArray[np.uint8]
 
-# Coordinates handled at once. Much larger arrays would be taken anew from the system every time.
-_CHUNK = 1 << 16
+# Bytes of coordinates handled at once. Much larger arrays would be taken anew from the system every
+# time.
+_CHUNK_BYTES = 1 << 19
 # Squared norms of vectors that need no scaling against overflow and lost digits.
 _ORDINARY = {
     np.dtype(np.float32): (1e-20, 1e20),
@@ -41,9 +42,9 @@ _ORDINARY = {
 SCALE_REMEDY = "use scale_dtype='float64' or divide the input by a constant"
 
 
-def chunks(rows: int, dim: int) -> Iterator[slice]:
+def chunks(rows: int, dim: int, dtype: DTypeLike = np.float64) -> Iterator[slice]:
     """Slices of rows that keep temporary arrays small."""
-    size = max(1, _CHUNK // dim)
+    size = max(1, _CHUNK_BYTES // (np.dtype(dtype).itemsize * dim))
     for start in range(0, rows, size):
         yield slice(start, min(rows, start + size))
 
@@ -54,11 +55,15 @@ def encode_rows(
     codebook: Codebook,
     scale: str,
     compute_dtype: DTypeLike = np.float64,
+    *,
+    whole: NDArray[np.floating],
+    name: str = "x",
 ) -> tuple[Bytes, Float]:
-    """Codes (uint8 [n, dim]) and float64 scales [n] of finite vectors [n, dim].
+    """Codes (uint8 [n, dim]) and float64 scales [n] of vectors [n, dim].
 
     Vectors whose norm is not far from the limits of ``compute_dtype`` are computed in it as they
-    are, the others in float64 after a multiplication by a power of two.
+    are, the others in float64 after a multiplication by a power of two. For a value that is not
+    finite it raises with the index in ``whole``, the caller's array.
     """
     low, high = _ORDINARY[np.dtype(compute_dtype)]
     with np.errstate(over="ignore", under="ignore"):
@@ -67,6 +72,8 @@ def encode_rows(
     ordinary = (squares > low) & (squares < high)
     if ordinary.all():
         return _encode(x, np.sqrt(squares), rotation, codebook, scale)
+    if not np.isfinite(rows).all():
+        check_finite(whole, name)
     codes, scales = np.empty(rows.shape, dtype=np.uint8), np.empty(len(rows))
     codes[ordinary], scales[ordinary] = _encode(
         x[ordinary], np.sqrt(squares[ordinary]), rotation, codebook, scale
@@ -249,11 +256,14 @@ class MSEQuantizer:
         rows = array.reshape(math.prod(lead), self.dim)
         data = np.empty((len(rows), packed_size(self.dim, self.bits)), dtype=np.uint8)
         scales = np.empty(len(rows))
-        for part in chunks(len(rows), self.dim):
-            if not np.isfinite(rows[part]).all():
-                check_finite(array)  # names the index in the caller's shape
+        for part in chunks(len(rows), self.dim, self.compute_dtype):
             codes, scales[part] = encode_rows(
-                rows[part], self.rotation, self.codebook, self.scale, self.compute_dtype
+                rows[part],
+                self.rotation,
+                self.codebook,
+                self.scale,
+                self.compute_dtype,
+                whole=array,
             )
             data[part] = pack_bits(codes, self.bits)
         rounded = round_scales(
