@@ -323,6 +323,7 @@ def serving() -> str:
     found = {(r["variant"], r["scenario"]): r for r in result["rows"] if "error" not in r}
     columns = (
         ("kv-bound", "kv_tokens", "tokens in 48 GB"),
+        ("batch-64", "median_ttft_ms", "64 × 8k: TTFT ms"),
         ("batch-64-cached", "median_tpot_ms", "64 × 8k: TPOT ms"),
         ("batch-1", "median_tpot_ms", "1 × 32k: TPOT ms"),
         ("batch-1", "median_ttft_ms", "1 × 32k: TTFT ms"),

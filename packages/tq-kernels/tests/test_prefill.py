@@ -133,6 +133,14 @@ def test_16_bits(dtype, codes_query_len):
     check(KVFormat(64), [40, 0], [3, 20], dtype, codes_query_len=codes_query_len)
 
 
+@pytest.mark.parametrize("name", ["plain", "all"])
+def test_few_new_tokens_beside_many(name):
+    # The last two sequences are read as codes, the second is expanded, the first has no prefix.
+    options = dict(OPTIONS[name])
+    check(KVFormat(64, 4, 3), [0, 70, 33, 9], [9, 6, 3, 1], torch.float32, codes_query_len=4,
+          **options)  # fmt: skip
+
+
 def dense_by_torch(calls, q, k, v, cu_q, cu_k, max_q, max_k, *, causal, softmax_scale, out=None):
     """A `Dense` in float64 that notes what it was called with."""
     calls.append((max_q, max_k, causal))

@@ -191,7 +191,7 @@ class PrefillPlan:
         )
         if tokens == 0:
             return
-        stored = [n for n, count in enumerate(counts) if count and contexts[n]]
+        stored = any(count and context for count, context in zip(counts, contexts, strict=True))
         alone = not stored and sinks is None
         new_out, new_lse = self._new_tokens(q, k, v, cu_query_lens, counts, out if alone else None)
         if alone:
@@ -201,20 +201,43 @@ class PrefillPlan:
             return
         old_out = torch.empty(q.shape, dtype=torch.float32, device=spec.device)
         old_lse = torch.empty((tokens, spec.heads), device=spec.device)
-        if sum(counts[n] for n in stored) < tokens:
-            old_out.zero_()
-            old_lse.fill_(-torch.inf)
+        if self._codes is not None and max(counts) <= self._codes_query_len:
+            self._codes.run_unchecked(
+                q, pages, block_table, context_lens, old_out, old_lse,
+                cu_query_lens=cu_query_lens, key_center=key_center,
+            )  # fmt: skip
+        else:
+            self._one_by_one(q, pages, block_table, context_lens, counts, contexts, key_center,
+                             old_out, old_lse)  # fmt: skip
+        merge_rows(old_out, old_lse, new_out, new_lse, out, lse, sinks)
+
+    def _one_by_one(
+        self,
+        q: Tensor,
+        pages: Tensor,
+        block_table: Tensor,
+        context_lens: Tensor,
+        counts: list[int],
+        contexts: list[int],
+        key_center: Tensor | None,
+        out: Tensor,
+        lse: Tensor,
+    ) -> None:
+        """Attention on the prefixes where some sequences have many new tokens, others few."""
+        stored = [n for n, count in enumerate(counts) if count and contexts[n]]
+        if sum(counts[n] for n in stored) < q.shape[0]:
+            out.zero_()
+            lse.fill_(-torch.inf)
         starts = [0, *accumulate(counts)]
         few = [n for n in stored if self._codes is not None and counts[n] <= self._codes_query_len]
         if few:
-            self._read_codes(few, starts, counts, q, pages, block_table, context_lens,
-                             key_center, old_out, old_lse)  # fmt: skip
+            self._read_codes(few, starts, counts, q, pages, block_table, context_lens, key_center,
+                             out, lse)  # fmt: skip
         for n in stored:
             if n not in few:
                 rows = slice(starts[n], starts[n + 1])
                 self._expand(q[rows], pages, block_table[n], contexts[n], key_center,
-                             old_out[rows], old_lse[rows])  # fmt: skip
-        merge_rows(old_out, old_lse, new_out, new_lse, out, lse, sinks)
+                             out[rows], lse[rows])  # fmt: skip
 
     def warm_up(self, *, sinks: Tensor | None = None, key_center: Tensor | None = None) -> None:
         """Compile what runs of any lengths need, by small runs; see `DecodePlan.warm_up`."""
