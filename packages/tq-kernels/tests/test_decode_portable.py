@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tq_core import TQError
 from tq_kernels import KVFormat, decode_ref
-from tq_kernels.plan import AttentionSpec
+from tq_kernels.attention_spec import AttentionSpec
 from tq_kernels.portable.decode import PortableDecodePlan
 from tq_kernels.testing import attention_f64, random_cache
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from tq_kernels.attention_spec import AttentionSpec
 from tq_kernels.format import KVFormat
 from tq_kernels.ops.backend import portable_kernels
-from tq_kernels.plan import AttentionSpec
 
 if TYPE_CHECKING:
     from tq_kernels.nvidia.decode import NvidiaDecodePlan

@@ -11,11 +11,11 @@ from torch import Tensor
 from tq_core import Codebook, HadamardRotation, TQError
 
 from tq_kernels.aot import Variant
+from tq_kernels.attention_spec import AttentionSpec
 from tq_kernels.format import KVFormat
 from tq_kernels.nvidia.decode_kernel import decode_partials
 from tq_kernels.nvidia.rows_kernel import combine_partials, prepare_queries
 from tq_kernels.nvidia.tile_loads import rows_of_a_line
-from tq_kernels.plan import AttentionSpec
 from tq_kernels.quantize import codebook_of
 
 __all__ = ["NvidiaDecodePlan", "aot_variants", "unsupported"]

@@ -11,10 +11,10 @@ from torch import Tensor
 from tq_core import TQError
 
 from tq_kernels.aot import Variant
+from tq_kernels.attention_spec import AttentionSpec
 from tq_kernels.codec import Kind
 from tq_kernels.format import KVFormat
 from tq_kernels.ops.backend import portable_kernels
-from tq_kernels.plan import AttentionSpec
 from tq_kernels.portable.attend import attend_pages
 from tq_kernels.portable.rows import merge_partials, prepare_queries
 from tq_kernels.portable.unpack import table_words

@@ -17,10 +17,10 @@ from torch import Tensor
 from tq_core import TQError
 
 from tq_kernels.aot import Variant
+from tq_kernels.attention_spec import AttentionSpec
 from tq_kernels.checks import check_cumulative, check_tensor
 from tq_kernels.format import KVFormat
 from tq_kernels.ops.backend import portable_kernels
-from tq_kernels.plan import AttentionSpec
 from tq_kernels.portable.decode import PortableDecodePlan
 from tq_kernels.portable.dense import (
     Dense,
@@ -53,11 +53,11 @@ class PrefillPlan:
     Parameters
     ----------
     fmt, heads, kv_heads, max_batch, dtype, device
-        See `tq_kernels.plan.AttentionSpec`.
+        See `tq_kernels.attention_spec.AttentionSpec`.
     max_tokens : int
         Most new tokens of a run, all sequences together.
     softmax_scale, soft_cap, sliding_window
-        See `tq_kernels.plan.AttentionSpec`.
+        See `tq_kernels.attention_spec.AttentionSpec`.
     codes_query_len : int
         Sequences of at most this many new tokens read their prefix as codes.
     scratch_tokens : int
