@@ -21,6 +21,7 @@ from tq_core.scale import check_scale, round_scales
 
 __all__ = [
     "PAGE_BITS",
+    "PAGE_PLANES",
     "PageLayout",
     "Plane",
     "decode_record",
@@ -37,8 +38,13 @@ __all__ = [
 Bytes = NDArray[np.uint8]
 
 PAGE_BITS = (2, 3, 4, 8)
-# By the bits of a code: the width of each plane, and the position of its lowest bit in the code.
-_PLANES = {2: ((2, 0),), 3: ((2, 0), (1, 2)), 4: ((4, 0),), 8: ((8, 0),)}
+#: By the bits of a code: the width of each plane, and the position of its lowest bit in the code.
+PAGE_PLANES: dict[int, tuple[tuple[int, int], ...]] = {
+    2: ((2, 0),),
+    3: ((2, 0), (1, 2)),
+    4: ((4, 0),),
+    8: ((8, 0),),
+}
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,7 @@ class Plane:
 
 
 def _check_bits(bits: int, name: str = "bits") -> int:
-    if bits not in _PLANES:
+    if bits not in PAGE_PLANES:
         raise TQError(f"{name}={bits}: pages take {', '.join(map(str, PAGE_BITS))} bits")
     return int(bits)
 
@@ -115,7 +121,7 @@ class PageLayout:
 
     def _planes(self, bits: int, offset: int, rows: int, codes: int) -> tuple[Plane, ...]:
         planes = []
-        for width, shift in _PLANES[bits]:
+        for width, shift in PAGE_PLANES[bits]:
             planes.append(Plane(width, shift, offset, rows, codes * width // 8))
             offset += planes[-1].nbytes
         return tuple(planes)
@@ -192,7 +198,7 @@ def _unpack_planes(planes: tuple[Bytes, ...], bits: int, count: int) -> Bytes:
     """Codes [..., count, 8] of ``count`` nibble-words a row."""
     parts = [
         _unpack_row(plane, width, count) << np.uint8(shift)
-        for (width, shift), plane in zip(_PLANES[bits], planes, strict=True)
+        for (width, shift), plane in zip(PAGE_PLANES[bits], planes, strict=True)
     ]
     return np.asarray(np.bitwise_or.reduce(parts), dtype=np.uint8)
 
@@ -232,7 +238,7 @@ def pack_keys(codes: ArrayLike, bits: int) -> tuple[Bytes, ...]:
     if bits == 8:
         return (array,)
     nibbles = array.reshape(*array.shape[:-1], array.shape[-1] // 8, 8)
-    return tuple(_pack_row(nibbles, width, shift) for width, shift in _PLANES[bits])
+    return tuple(_pack_row(nibbles, width, shift) for width, shift in PAGE_PLANES[bits])
 
 
 def unpack_keys(planes: tuple[Bytes, ...], bits: int, head_dim: int) -> Bytes:
@@ -268,7 +274,7 @@ def pack_values(codes: ArrayLike, bits: int) -> tuple[Bytes, ...]:
         return (np.ascontiguousarray(quads.swapaxes(-1, -2)).reshape(*lead, tokens // 4, 4 * dim),)
     pairs = quads.reshape(*lead, tokens // 4, 4, dim // 2, 2).swapaxes(-2, -3)
     nibbles = pairs.reshape(*lead, tokens // 4, dim // 2, 8)
-    return tuple(_pack_row(nibbles, width, shift) for width, shift in _PLANES[bits])
+    return tuple(_pack_row(nibbles, width, shift) for width, shift in PAGE_PLANES[bits])
 
 
 def unpack_values(planes: tuple[Bytes, ...], bits: int, head_dim: int) -> Bytes:

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 from tq_core import PageLayout, TQError
-from tq_core.pages import Plane
+from tq_core.pages import PAGE_PLANES, Plane
 
 __all__ = [
     "PLANE_WIDTHS",
@@ -29,7 +29,7 @@ __all__ = [
 Kind = Literal["k", "v"]
 
 #: Widths of the planes of each number of bits; the first plane holds the low bits.
-PLANE_WIDTHS: dict[int, tuple[int, ...]] = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
+PLANE_WIDTHS = {bits: tuple(width for width, _ in planes) for bits, planes in PAGE_PLANES.items()}
 
 
 def _key_place(d: int, width: int, dim: int) -> tuple[int, int]:
@@ -112,8 +112,8 @@ def pack_codes(codes: Tensor, bits: int, kind: Kind) -> tuple[Tensor, ...]:
         raise TQError(f"codes have dtype {codes.dtype}: needs torch.uint8; convert them")
     if bits == 8:
         return (codes.contiguous(),)
-    planes, shift = [], 0
-    for width in PLANE_WIDTHS[bits]:
+    planes = []
+    for width, shift in PAGE_PLANES[bits]:
         table = field_dims(kind, width, codes.shape[-1], codes.device)
         mask = 2**width - 1
         plane = torch.zeros((*codes.shape[:-1], len(table)), dtype=torch.uint8, device=codes.device)
@@ -121,7 +121,6 @@ def pack_codes(codes: Tensor, bits: int, kind: Kind) -> tuple[Tensor, ...]:
             part = (codes[..., table[:, field]] >> shift) & mask
             plane |= part << (width * field)
         planes.append(plane)
-        shift += width
     return tuple(planes)
 
 
@@ -136,13 +135,11 @@ def unpack_codes(planes: tuple[Tensor, ...], bits: int, kind: Kind) -> Tensor:
         return planes[0].clone()
     dim = planes[0].shape[-1] * 8 // PLANE_WIDTHS[bits][0]
     codes: Tensor | None = None
-    shift = 0
-    for width, plane in zip(PLANE_WIDTHS[bits], planes, strict=True):
+    for (width, shift), plane in zip(PAGE_PLANES[bits], planes, strict=True):
         shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=plane.device)
         fields = ((plane[..., None] >> shifts) & (2**width - 1)).flatten(-2)
         part = fields[..., _places(kind, width, dim, plane.device)] << shift
         codes = part if codes is None else codes | part
-        shift += width
     assert codes is not None
     return codes
 
