@@ -64,7 +64,6 @@ TARGETS: dict[str, tuple[str, int | str, int]] = {
     "sm_120": ("cuda", 120, 32),
     "gfx942": ("hip", "gfx942", 64),
 }
-NVIDIA = tuple(name for name in TARGETS if name.startswith("sm_"))
 #: Shared memory that a program may use, in bytes.
 SHARED_LIMIT = {
     "sm_80": 166912,

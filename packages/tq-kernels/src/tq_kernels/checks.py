@@ -31,7 +31,7 @@ _debug = os.environ.get("TQ_KERNELS_DEBUG", "0") not in ("", "0")
 
 @contextmanager
 def debug_mode(enabled: bool = True) -> Iterator[None]:
-    """Check the contents of index tensors on every device, which synchronises with it.
+    """Check indices, and that what is stored is finite, on every device; this waits for it.
 
     The environment variable ``TQ_KERNELS_DEBUG=1`` does the same for the whole process. Contents
     of tensors on the CPU are always checked by the ``_ref`` operations.
@@ -93,8 +93,13 @@ def check_softmax(
         raise TQError(f"sliding_window={sliding_window}: needs at least 1, or None for no window")
 
 
-def check_pages(pages: Tensor, fmt: KVFormat, kv_heads: int | None, device: torch.device) -> None:
-    """Raise unless ``pages`` is uint8 [num_pages, kv_heads, record_bytes] with contiguous rows."""
+def check_pages(
+    pages: Tensor,
+    fmt: KVFormat,
+    kv_heads: int | None = None,
+    device: torch.device | None = None,
+) -> None:
+    """Raise unless ``pages`` is uint8 [num_pages, kv_heads, record_bytes] of contiguous records."""
     check_format(fmt)
     check_tensor(
         "pages",

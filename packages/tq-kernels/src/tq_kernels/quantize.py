@@ -78,7 +78,7 @@ def codebook_of(fmt: KVFormat, kind: Kind) -> Codebook:
 
 
 @lru_cache(maxsize=256)
-def book_tensors(
+def _book_tensors(
     fmt: KVFormat, kind: Kind, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Centroids and boundaries; exact in float32."""
@@ -102,7 +102,7 @@ def to_half(x: Tensor) -> Tensor:
     return torch.where(inexact_even, torch.nextafter(single, toward), single).to(torch.float16)
 
 
-def _power_of_two(x: Tensor) -> Tensor:
+def _exponents(x: Tensor) -> Tensor:
     """Exponents [...] int32 such that ``x * 2**-e`` has its largest magnitude in [0.5, 1)."""
     return torch.frexp(x.abs().amax(dim=-1)).exponent
 
@@ -158,12 +158,12 @@ def quantize(x: Tensor, fmt: KVFormat, kind: Kind) -> tuple[Tensor, Tensor]:
     if values.numel() == 0:
         empty = torch.zeros(values.shape[:-1], dtype=torch.float16, device=x.device)
         return values.to(torch.uint8), empty
-    exponent = _power_of_two(values)
+    exponent = _exponents(values)
     values = _ldexp(values, -exponent[..., None])
     norm = (values * values).sum(dim=-1).sqrt()
     zero = norm == 0
     y = rotate_unchecked(values, fmt)
-    centroids, boundaries = book_tensors(fmt, kind, y.device, y.dtype)
+    centroids, boundaries = _book_tensors(fmt, kind, y.device, y.dtype)
     unit = y / torch.where(zero, 1.0, norm)[..., None]
     codes = torch.bucketize(unit, boundaries, right=True, out_int32=True)
     c = centroids[codes]
@@ -199,6 +199,6 @@ def decode_tokens(
     bits = fmt.k_bits if kind == "k" else fmt.v_bits
     index = unpack_codes(codes.planes, bits, kind).to(torch.int32)
     compute = compute_dtype(dtype)
-    centroids, _ = book_tensors(fmt, kind, index.device, compute)
+    centroids, _ = _book_tensors(fmt, kind, index.device, compute)
     y = centroids[index] * codes.scales.to(compute)[..., None]
     return rotate_unchecked(y, fmt, inverse=True).to(dtype)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import triton
 
-__all__ = ["TABLE_REGISTERS", "load_words", "pv_tile", "qk_tile", "words_per_lane"]
+__all__ = ["load_words", "pv_tile", "qk_tile"]
 
 #: Registers of the lookup table, whatever the bit width (unused ones are 0), and one that holds 1.
 TABLE_REGISTERS = 5
@@ -43,8 +43,8 @@ class _Text:
         self.temporaries += 1
         return f"t{self.temporaries - 1}"
 
-    def op(self, instruction: str, *operands: str, to: str | None = None) -> str:
-        result = to or self.new()
+    def op(self, instruction: str, *operands: str) -> str:
+        result = self.new()
         self.lines.append(f"{instruction} {result}, {', '.join(operands)};")
         return result
 
@@ -120,7 +120,7 @@ def _constraints(outputs: int, inputs: int) -> str:
 
 
 @triton.constexpr_function
-def load_words(count: int, stride: int = 1) -> tuple[str, str]:
+def load_words(count: int) -> tuple[str, str]:
     """``count`` consecutive 32-bit words at a 64-bit address, in the widest loads allowed."""
     ptx = _Text()
     width = 4 if count % 4 == 0 else 2 if count % 2 == 0 else 1
@@ -141,7 +141,7 @@ def qk_tile(bits: int, nibble_words: int, blocks: int) -> tuple[str, str]:
     Outputs: 4 accumulators a block. Inputs: the words of token row g, of row g + 8, the
     table, then for each block and each nibble-word two query registers.
     """
-    per_row = words_per_lane(bits, nibble_words) if bits < 8 else 2 * nibble_words
+    per_row = words_per_lane(bits, nibble_words)
     outputs = [f"${i}" for i in range(4 * blocks)]
     inputs = [
         f"${4 * blocks + i}"

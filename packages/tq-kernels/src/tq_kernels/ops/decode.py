@@ -34,6 +34,7 @@ __all__ = [
     "decode_ref",
     "first_visible_page",
     "gather_sequence",
+    "power_of_two",
     "query_bounds",
 ]
 
@@ -82,7 +83,7 @@ def check_block_table(
     used = -(-lengths.to(torch.int64) // fmt.page_size)
     columns = torch.arange(block_table.shape[1], device=lengths.device)
     table = block_table.masked_fill(columns >= used[:, None], 0)
-    # A page that no sequence uses may carry any number.
+    # Unused entries became page 0, which a cache without pages does not have.
     if bool((used > 0).any()):
         check_range("block_table", table, 0, pages.shape[0], "pass pages of this cache")
 
@@ -113,7 +114,7 @@ def first_visible_page(position: int, sliding_window: int | None, fmt: KVFormat)
 
 
 def query_bounds(cu_query_lens: Tensor | None, q: Tensor, batch: int) -> list[int]:
-    """Cumulative numbers of queries as a list, checked."""
+    """Where the queries of each sequence start in ``q``, and their end; checked."""
     if cu_query_lens is None:
         if q.shape[0] != batch:
             raise TQError(
@@ -289,8 +290,8 @@ def decode(
         fmt,
         q.shape[1],
         pages.shape[1],
-        _power_of_two(len(seq_lens)),
-        _power_of_two(longest),
+        power_of_two(len(seq_lens)),
+        power_of_two(longest),
         q.dtype,
         q.device,
         softmax_scale,
@@ -315,6 +316,6 @@ def decode(
     return out, lse
 
 
-def _power_of_two(n: int) -> int:
-    """The least power of two from ``n`` on."""
+def power_of_two(n: int) -> int:
+    """The least power of two from ``n`` on, at least 1."""
     return 1 << max(n - 1, 0).bit_length()

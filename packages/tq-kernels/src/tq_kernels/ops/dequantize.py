@@ -9,7 +9,6 @@ from tq_core import TQError
 from tq_kernels.checks import (
     FLOATS,
     INTEGERS,
-    check_format,
     check_pages,
     check_range,
     check_tensor,
@@ -25,9 +24,7 @@ __all__ = ["check_dequantize", "dequantize", "dequantize_ref", "gather_slots"]
 
 def check_dequantize(pages: Tensor, slots: Tensor, fmt: KVFormat, dtype: torch.dtype) -> None:
     """Raise unless the arguments of a dequantize belong together."""
-    check_format(fmt)
-    check_tensor("pages", pages, (None, None, fmt.record_bytes), (torch.uint8,))
-    check_pages(pages, fmt, pages.shape[1], pages.device)
+    check_pages(pages, fmt)
     check_tensor("slots", slots, (None,), INTEGERS, pages.device)
     check_tensor("dtype", torch.empty(0, dtype=dtype), (0,), FLOATS)
 

@@ -18,6 +18,7 @@ from tq_kernels.ops.decode import (
     check_block_table,
     first_visible_page,
     gather_sequence,
+    power_of_two,
     query_bounds,
 )
 from tq_kernels.ops.rotate import compute_dtype
@@ -202,8 +203,8 @@ def prefill(
         fmt,
         q.shape[1],
         pages.shape[1],
-        _power_of_two(len(context_lens)),
-        _power_of_two(q.shape[0]),
+        power_of_two(len(context_lens)),
+        power_of_two(q.shape[0]),
         q.dtype,
         q.device,
         softmax_scale,
@@ -228,8 +229,3 @@ def prefill(
         key_center=None if key_center is None else key_center.contiguous(),
     )
     return out, lse
-
-
-def _power_of_two(n: int) -> int:
-    """The least power of two from ``n`` on, at least 1."""
-    return 1 << max(n - 1, 0).bit_length()

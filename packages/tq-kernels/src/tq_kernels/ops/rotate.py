@@ -33,13 +33,14 @@ def hadamard_transform(x: Tensor) -> Tensor:
 
 
 def _cross_halves(x: Tensor) -> Tensor:
-    dim = x.shape[-1]
-    half, root = dim // 2, math.sqrt(0.5)
-    first, middle, last = x[..., :half], x[..., half : dim - half], x[..., dim - half :]
-    return torch.cat(((first + last) * root, middle, (first - last) * root), dim=-1)
+    """Orthonormal sums and differences of the two halves of the last axis; its own inverse."""
+    first, last = x.chunk(2, dim=-1)
+    root = math.sqrt(0.5)
+    return torch.cat(((first + last) * root, (first - last) * root), dim=-1)
 
 
 def _transform(x: Tensor, power: int, last: bool) -> Tensor:
+    """Transform the first, or the ``last``, ``power`` coordinates and keep the others."""
     dim = x.shape[-1]
     if power == dim:
         return hadamard_transform(x)

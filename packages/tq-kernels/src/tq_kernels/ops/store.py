@@ -24,9 +24,8 @@ __all__ = ["check_store", "store", "store_ref"]
 
 def check_store(k: Tensor, v: Tensor, pages: Tensor, slot_mapping: Tensor, fmt: KVFormat) -> None:
     """Raise unless the arguments of a store belong together."""
-    check_tensor("pages", pages, (None, None, None), (torch.uint8,))
+    check_pages(pages, fmt)
     kv_heads = pages.shape[1]
-    check_pages(pages, fmt, kv_heads, pages.device)
     check_tensor("k", k, (None, kv_heads, fmt.head_dim), device=pages.device)
     check_tensor("v", v, (k.shape[0], kv_heads, fmt.head_dim), (k.dtype,), pages.device)
     check_tensor("slot_mapping", slot_mapping, (k.shape[0],), INTEGERS, pages.device)

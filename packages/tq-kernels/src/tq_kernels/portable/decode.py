@@ -17,7 +17,7 @@ from tq_kernels.format import KVFormat
 from tq_kernels.ops.backend import portable_kernels
 from tq_kernels.portable.attend import attend_pages
 from tq_kernels.portable.rows import merge_partials, prepare_queries
-from tq_kernels.portable.unpack import table_words
+from tq_kernels.portable.unpack import field_count, table_words, value_order
 from tq_kernels.quantize import codebook_of
 
 __all__ = ["PortableDecodePlan"]
@@ -31,22 +31,12 @@ LEAST_TILES = 2
 AROUND = 16
 
 
-def field_count(bits: int) -> int:
-    """Codes a word."""
-    return 4 if bits == 8 else 8
-
-
 def key_columns(fmt: KVFormat) -> tuple[list[int], int]:
     """Dimension of every column of prepared queries, -1 for padding; columns a field."""
     fields = field_count(fmt.k_bits)
     words = fmt.head_dim // fields
     width = max(16, triton.next_power_of_2(words))
     return [fields * n + j if n < words else -1 for j in range(fields) for n in range(width)], width
-
-
-def value_order(fmt: KVFormat) -> list[int]:
-    """Dimension of every column of partial outputs: the even ones, then the odd ones."""
-    return [*range(0, fmt.head_dim, 2), *range(1, fmt.head_dim, 2)]
 
 
 @dataclass(frozen=True)
@@ -60,7 +50,7 @@ class Tiling:
 
 
 def choose_tiling(spec: AttentionSpec) -> Tiling:
-    """Tiling of a head_dim; none of them spills registers."""
+    """Tiling of a head_dim."""
     return Tiling(16, 16, 8 if spec.fmt.head_dim > 128 else 2, 2)
 
 
@@ -154,8 +144,6 @@ class PortableDecodePlan:
     spec : AttentionSpec
     num_splits : int, optional
         Parts of the history that are attended in parallel; chosen from the device if not given.
-    max_tokens : int, optional
-        Most query tokens of a run, ``max_batch * max_query_len`` if not given.
     after : bool
         The queries follow after the stored tokens, instead of being the last of them.
 
@@ -170,7 +158,6 @@ class PortableDecodePlan:
         spec: AttentionSpec,
         *,
         num_splits: int | None = None,
-        max_tokens: int | None = None,
         after: bool = False,
     ) -> None:
         self.spec = spec
@@ -180,7 +167,6 @@ class PortableDecodePlan:
         self.num_splits = choose_splits(spec, self.tiling) if num_splits is None else num_splits
         if not 1 <= self.num_splits <= 65535:
             raise TQError(f"num_splits={num_splits}: needs 1 to 65535, or None to choose")
-        self.max_tokens = spec.max_tokens if max_tokens is None else max_tokens
         self._after = after
         dim = fmt.head_dim
         columns, _ = key_columns(fmt)
@@ -189,7 +175,7 @@ class PortableDecodePlan:
         forward = rotation.T[:, index.clamp_min(0)].masked_fill(index < 0, 0.0)
         self._forward = forward.to(device, torch.float32).contiguous()
         self._inverse = rotation[value_order(fmt)].to(device, torch.float32).contiguous()
-        rows = self.max_tokens * spec.heads
+        rows = spec.max_tokens * spec.heads
         self._digits = torch.empty(rows * 2 * len(columns), dtype=torch.float16, device=device)
         self._stats = torch.empty(rows * 2, dtype=torch.float32, device=device)
         splits = self.num_splits
@@ -221,11 +207,6 @@ class PortableDecodePlan:
             q, pages, block_table, seq_lens, out, lse,
             cu_query_lens=cu_query_lens, sinks=sinks, key_center=key_center,
         )  # fmt: skip
-        if q.shape[0] > self.max_tokens:
-            raise TQError(
-                f"q has {q.shape[0]} tokens: the plan was made for {self.max_tokens}; make a "
-                "larger plan"
-            )
         self.run_unchecked(
             q, pages, block_table, seq_lens, out, lse,
             cu_query_lens=cu_query_lens, sinks=sinks, key_center=key_center,
@@ -274,7 +255,7 @@ class PortableDecodePlan:
             self._digits, self._stats, pages, block_table, lengths, cu,
             self._partial_out, self._partial_stats,
             spec.soft_cap or 0.0, spec.sliding_window or 0, self.num_splits, LEAST_TILES, blocks,
-            spec.kv_heads, spec.group, self.max_tokens * spec.heads,
+            spec.kv_heads, spec.group, spec.max_tokens * spec.heads,
             pages.stride(0), pages.stride(1), block_table.stride(0),
             **attend_constants(spec, tiling, center, self._after),
             num_warps=tiling.warps, num_stages=tiling.stages, **register_limit(),
@@ -289,7 +270,7 @@ class PortableDecodePlan:
             self._partial_out, self._partial_stats, lengths, cu, self._inverse,
             lse if sinks is None else sinks, out, lse,
             _step(spec.fmt, "v"), spec.sliding_window or 0, self.num_splits, LEAST_TILES, blocks,
-            spec.kv_heads, spec.group, self.max_tokens * spec.heads,
+            spec.kv_heads, spec.group, spec.max_tokens * spec.heads,
             out.stride(0), out.stride(1), lse.stride(0),
             **merge_constants(spec, self.tiling, sinks is not None, self._after),
             num_warps=merge_warps(spec.fmt.head_dim),
@@ -302,34 +283,34 @@ def _step(fmt: KVFormat, kind: Kind) -> float:
     return float(step)
 
 
-#: What the kernels are compiled with ahead of time: head_dim, bits, rows, dtype, all options.
-_CASES: tuple[tuple[int, int, int, int, str, bool], ...] = (
-    *((dim, 4, 4, 4, "bf16", False) for dim in (64, 80, 96, 128, 192, 256)),
-    *((128, bits, bits, 4, "bf16", False) for bits in (2, 3, 8)),
-    *((256, bits, bits, 4, "fp16", True) for bits in (2, 3, 4, 8)),
-    *((80, bits, 3, 4, "fp16", True) for bits in (3, 8)),
-    (64, 4, 4, 4, "fp16", True),
-    (128, 3, 8, 4, "fp32", True),
+#: What the kernels are compiled with ahead of time: head_dim, bits, dtype, all options.
+_CASES: tuple[tuple[int, int, int, str, bool], ...] = (
+    *((dim, 4, 4, "bf16", False) for dim in (64, 80, 96, 128, 192, 256)),
+    *((128, bits, bits, "bf16", False) for bits in (2, 3, 8)),
+    *((256, bits, bits, "fp16", True) for bits in (2, 3, 4, 8)),
+    *((80, bits, 3, "fp16", True) for bits in (3, 8)),
+    (64, 4, 4, "fp16", True),
+    (128, 3, 8, "fp32", True),
 )
-_QUICK = (128, 4, 4, 4, "bf16", False)
+_QUICK = (128, 4, 4, "bf16", False)
 
 
 def aot_variants() -> list[Variant]:
-    """Variants over head_dim, bits, dtype, number of rows and options."""
+    """Variants over head_dim, bits, dtype and options."""
     integers = ("num_splits", "least", "row_blocks", "kv_heads", "group", "split_stride", "window")
     tensors = dict.fromkeys(("block_table", "seq_lens", "cu_query_lens"), "*i32")
     partials = dict.fromkeys(("partial_out", "partial_stats"), "*fp32")
     attend_strides = ("page_stride", "record_stride", "table_stride")
     found = []
-    for dim, k_bits, v_bits, group, dtype, options in _CASES:
+    for dim, k_bits, v_bits, dtype, options in _CASES:
         spec = AttentionSpec(
-            KVFormat(dim, k_bits, v_bits), group, 1, 1, 1,
+            KVFormat(dim, k_bits, v_bits), 1, 1, 1, 1,
             {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype],
             torch.device("cpu"), None, 30.0 if options else None, 512 if options else None,
         )  # fmt: skip
         tiling = choose_tiling(spec)
         name = f"d{dim}-k{k_bits}v{v_bits}-{dtype}" + "-all" * options
-        quick = (dim, k_bits, v_bits, group, dtype, options) == _QUICK
+        quick = (dim, k_bits, v_bits, dtype, options) == _QUICK
         found.append(
             Variant(
                 name=f"attend-{name}",

@@ -1,9 +1,8 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 """Attention of sequences of different lengths on plain keys and values, with the LSE.
 
-`attend_flash` is PyTorch's flash attention, `attend_cudnn` that of cuDNN, and
-`attend_triton` a kernel for everything that they do not do: soft cap, sliding window,
-float32, and queries that start at any position.
+`attend_flash` is PyTorch's flash attention, and `attend_triton` a kernel for everything that it
+does not do: soft cap, sliding window, float32, and queries that start at any position.
 """
 
 from __future__ import annotations
@@ -14,10 +13,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from tq_core import TQError
 from triton import knobs
 
-__all__ = ["Dense", "attend_cudnn", "attend_flash", "attend_triton", "choose_dense"]
+__all__ = ["Dense", "attend_flash", "attend_triton", "choose_dense"]
 
 LOG2E = 1.4426950408889634
 #: The interpreter multiplies the bits of bf16 numbers as integers.
@@ -256,32 +254,9 @@ def attend_flash(
     return out, lse.transpose(0, 1)
 
 
-def attend_cudnn(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_q: Tensor,
-    cu_k: Tensor,
-    max_q: int,
-    max_k: int,
-    *,
-    causal: bool,
-    softmax_scale: float,
-    out: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Attention of cuDNN for one sequence; see `Dense`. ``out`` is not written to."""
-    if len(cu_q) != 2:
-        raise TQError(f"{len(cu_q) - 1} sequences: attend_cudnn takes one; use attend_flash")
-    queries, keys, values = (t.transpose(0, 1)[None] for t in (q, k, v))
-    out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
-        queries, keys, values, None, True, 0.0, causal, False, scale=softmax_scale
-    )
-    return out[0].transpose(0, 1), lse.reshape(q.shape[1], q.shape[0]).transpose(0, 1)
-
-
-def choose_dense(device: torch.device, dtype: torch.dtype, head_dim: int) -> Dense | None:
+def choose_dense(device: torch.device, dtype: torch.dtype) -> Dense | None:
     """PyTorch's flash attention where it runs, else None."""
-    if device.type != "cuda" or dtype == torch.float32 or head_dim > 256:
+    if device.type != "cuda" or dtype == torch.float32:
         return None
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         return None

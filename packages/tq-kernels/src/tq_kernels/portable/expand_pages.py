@@ -8,9 +8,16 @@ import triton.language as tl
 from torch import Tensor
 
 from tq_kernels.format import KVFormat
-from tq_kernels.portable.unpack import key_words, load_scales, number, table_words, value_words
+from tq_kernels.portable.unpack import (
+    field_count,
+    key_words,
+    load_scales,
+    number,
+    table_words,
+    value_words,
+)
 
-__all__ = ["expand_pages", "key_order", "value_order"]
+__all__ = ["expand_pages", "key_order"]
 
 #: Tokens of a program.
 TOKENS = 16
@@ -18,13 +25,8 @@ TOKENS = 16
 
 def key_order(fmt: KVFormat) -> list[int]:
     """Dimension at each place of an expanded key: field by field."""
-    fields = 4 if fmt.k_bits == 8 else 8
+    fields = field_count(fmt.k_bits)
     return [fields * n + j for j in range(fields) for n in range(fmt.head_dim // fields)]
-
-
-def value_order(fmt: KVFormat) -> list[int]:
-    """Dimension at each place of an expanded value: the even ones, then the odd ones."""
-    return [*range(0, fmt.head_dim, 2), *range(1, fmt.head_dim, 2)]
 
 
 @triton.jit(
@@ -85,7 +87,7 @@ def expand_constants(fmt: KVFormat) -> dict[str, int]:
         "V_BITS": fmt.v_bits,
         "PAGE": fmt.page_size,
         "TOKENS": TOKENS,
-        "K_WIDTH": triton.next_power_of_2(fmt.head_dim // (4 if fmt.k_bits == 8 else 8)),
+        "K_WIDTH": triton.next_power_of_2(fmt.head_dim // field_count(fmt.k_bits)),
         "V_WIDTH": triton.next_power_of_2(fmt.head_dim // 2),
         "K0": k_table[0],
         "K1": k_table[1],
@@ -106,7 +108,7 @@ def expand_pages(
     start : int
         A multiple of 4.
     k, v : contiguous fp16 or float32 tensors [tokens, kv_heads, head_dim]
-        Rotated, in the order of `key_order` and `value_order`.
+        Rotated, in the order of `key_order` and `unpack.value_order`.
     fmt : KVFormat
     """
     tokens, kv_heads, _ = k.shape

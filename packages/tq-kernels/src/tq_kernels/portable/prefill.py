@@ -35,10 +35,10 @@ from tq_kernels.portable.expand_pages import (
     expand_kernel,
     expand_pages,
     key_order,
-    value_order,
 )
 from tq_kernels.portable.merge import merge_constants, merge_kernel, merge_rows
 from tq_kernels.portable.rotate import rotate
+from tq_kernels.portable.unpack import value_order
 
 __all__ = ["PrefillPlan"]
 
@@ -109,7 +109,7 @@ class PrefillPlan:
             raise TQError(f"scratch_tokens={scratch_tokens}: needs a positive multiple of 4")
         plain = soft_cap is None and sliding_window is None
         if dense is None:
-            dense = choose_dense(spec.device, dtype, fmt.head_dim)
+            dense = choose_dense(spec.device, dtype)
         self._dense = dense if plain else None
         self._codes_query_len = codes_query_len
         self._codes = None
@@ -247,6 +247,7 @@ class PrefillPlan:
         table = torch.zeros(
             1, -(-pieces // fmt.page_size), dtype=torch.int32, device=device
         )  # a single page over and over
+        # Dense attention has another kernel for more than 16 queries.
         few, many = 1, min(max(17, self._codes_query_len + 1), spec.max_query_len)
         for count, context in ((few, 0), (many, 0), (few, 1), (many, 1), (many, pieces)):
             q = torch.zeros(count, spec.heads, fmt.head_dim, dtype=spec.dtype, device=device)

@@ -13,7 +13,27 @@ import triton
 import triton.language as tl
 from tq_core import Codebook
 
-__all__ = ["key_words", "load_scales", "number", "table_words", "value_words"]
+from tq_kernels.format import KVFormat
+
+__all__ = [
+    "field_count",
+    "key_words",
+    "load_scales",
+    "number",
+    "table_words",
+    "value_order",
+    "value_words",
+]
+
+
+def field_count(bits: int) -> int:
+    """Codes a word of keys."""
+    return 4 if bits == 8 else 8
+
+
+def value_order(fmt: KVFormat) -> list[int]:
+    """Dimension of every column of values and outputs: the even ones, then the odd ones."""
+    return [*range(0, fmt.head_dim, 2), *range(1, fmt.head_dim, 2)]
 
 
 def table_words(book: Codebook) -> tuple[int, int]:
