@@ -116,7 +116,7 @@ def test_query_tokens_are_causal_and_batches_mixed(counts):
 
 
 def test_more_rows_than_a_block():
-    # 7 query heads x 11 tokens in blocks of 32 rows.
+    # 7 query heads x 11 tokens in blocks of 16 rows.
     check(KVFormat(64), 7, 1, [70], [11], torch.float16)
 
 
@@ -165,7 +165,7 @@ def test_any_shape(case, seed):
 
 
 def test_offsets_past_two_gibibytes():
-    # Far pages: a stride that the bytes between are never touched by.
+    # Pages far apart; the bytes between them are never touched.
     fmt = KVFormat(64, page_size=16)
     cache = random_cache(fmt, 1, [40])
     stride = 2**31 // (len(cache.pages) - 1) // 16 * 16 + 4096

@@ -8,7 +8,6 @@ import pytest
 import tq_kernels
 
 ROOT = Path(tq_kernels.__file__).parent
-# The folder of kernels for NVIDIA GPUs needs Triton.
 MODULES = sorted(
     ".".join(("tq_kernels", *path.relative_to(ROOT).with_suffix("").parts))
     for path in ROOT.rglob("*.py")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -24,8 +25,6 @@ def test_bytes_follow_the_bits() -> None:
 
 
 def test_ratio_counts_layers_kept_at_16_bits() -> None:
-    from dataclasses import replace
-
     tq4 = PRESETS["tq4"]
     assert tq4.ratio(32, 128) == pytest.approx(512 / 132)
     assert tq4.bytes_per_token(32, 8, 128) == 32 * 8 * 132

@@ -88,8 +88,7 @@ def test_sweep(
         check_quantized(x, *got, fmt, kind, 2e-6)
 
 
-def test_the_last_of_equal_bytes_wins_nothing_else_moves() -> None:
-    """Storing into an occupied slot replaces it."""
+def test_storing_into_an_occupied_slot_replaces_it() -> None:
     fmt = KVFormat(32)
     pages = fmt.allocate_pages(1, 1)
     first, second = torch.randn(2, 1, 1, 32)

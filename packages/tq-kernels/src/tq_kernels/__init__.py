@@ -1,7 +1,7 @@
 """TurboQuant attention on compressed KV caches, in PyTorch.
 
-Every operation has a reference in eager torch with the suffix ``_ref``, on any device. Without
-it, the operation is a Triton kernel.
+`store`, `decode`, `prefill`, `rotate` and `dequantize` are Triton kernels. Each has a reference in
+eager torch, for any device, under its name with the suffix ``_ref``.
 """
 
 from __future__ import annotations

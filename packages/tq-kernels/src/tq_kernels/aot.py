@@ -106,10 +106,10 @@ class Resources:
         Registers a lane (AMD: vector registers, accumulators included).
     spills : int
         Bytes of stack a lane on NVIDIA, spilled vector registers on AMD.
-    allowed : int
-        Spills that the variant may have.
     shared : int
         Bytes of shared memory a program.
+    allowed : int
+        Spills that the variant may have.
     """
 
     name: str

@@ -67,7 +67,7 @@ def _grouped(q: Tensor, kv_heads: int) -> Tensor:
 
 
 class _Softmax:
-    """Online softmax over chunks of keys: rows [batch, kv_heads, rows]."""
+    """Online softmax over chunks of keys, of query rows [batch, kv_heads, rows, head_dim]."""
 
     def __init__(self, rows: Tensor) -> None:
         self.top = torch.full(rows.shape[:-1], -math.inf, dtype=rows.dtype, device=rows.device)
@@ -86,6 +86,7 @@ class _Softmax:
         return weights
 
     def result(self) -> tuple[Tensor, Tensor]:
+        """Output like the rows, and LSE [batch, kv_heads, rows]."""
         empty = self.total == 0
         out = self.out / torch.where(empty, 1.0, self.total)[..., None]
         return out, torch.where(empty, -math.inf, self.top + self.total.log())

@@ -28,7 +28,7 @@ class Digits:
     digits : int8 tensor [..., 2 * rows, columns]
         The high digits of all rows, then the low ones.
     unit, total : float32 tensors [..., rows, 1]
-        Value of the integer 1; sum of the integers of a row.
+        What the integer 1 stands for; sum of the integers of a row.
     """
 
     digits: Tensor
@@ -37,7 +37,7 @@ class Digits:
 
 
 def to_digits(x: Tensor) -> Digits:
-    """Digits of float32 rows [..., rows, columns]; errors up to 2**-16 of a row's largest number."""
+    """Digits of float32 rows [..., rows, columns]; errors of about 2**-16 of a row's peak."""
     peak = x.abs().amax(dim=-1, keepdim=True)
     unit = peak / LARGEST
     rounded = torch.round(x * (LARGEST / peak.clamp_min(1e-30)))

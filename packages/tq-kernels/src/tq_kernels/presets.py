@@ -20,7 +20,7 @@ __all__ = ["PRESETS", "Preset", "PresetWarning", "find_preset", "nearest_preset"
 
 
 class PresetWarning(UserWarning):
-    """A name of another implementation was taken for a preset that is not quite the same."""
+    """A name or bits of another implementation were taken for a preset that is not the same."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Preset:
         Layers kept at 16 bits; negative numbers count from the end.
     use : str
         When to choose it.
-    scale : str
+    scale : {"unbiased", "mse", "norm", "none"}
         As `KVFormat`'s. ``unbiased`` by default: ``mse`` shortens keys and values, and shorter
         keys flatten the softmax (``docs/quality.md``).
     """
@@ -113,6 +113,7 @@ _ALIASES: Mapping[str, tuple[str, str]] = {
     "tq2.5": ("tq3v2", "3-bit keys and 2-bit values, for outlier channels of one more bit"),
     "tq3.5": ("tq4v3", "4-bit keys and 3-bit values, for outlier channels of one more bit"),
 }
+#: Names by bits -> preset.
 _SAME = {"k8v8": "tq8", "k8v4": "tq8v4", "k4v4": "tq4", "k4v3": "tq4v3", "k3v3": "tq3"}
 _SAME |= {"k3v2": "tq3v2", "k2v2": "tq2"}
 

@@ -113,6 +113,8 @@ def attention_f64(
         Query ``i`` has position ``first_position + i`` and sees keys up to it.
     k, v : float tensors [tokens, kv_heads, head_dim]
         Key ``j`` has position ``j``.
+    softmax_scale, soft_cap, sliding_window, sinks, key_center
+        See `tq_kernels.decode_ref`; the centre is added to all keys.
 
     Returns
     -------

@@ -88,7 +88,10 @@ class Candidate:
         raise NotImplementedError
 
     def variant(self, shape: Decode | Store | Prefill) -> str:
-        """Shapes with equal names compile the same kernels, as far as is known."""
+        """Shapes with equal names compile the same kernels, as far as is known.
+
+        Some may compile anew where the stride of the block table is a multiple of 16.
+        """
         values = asdict(shape)
         context = values.pop("context", 0)
         return f"{values} {context // 16 % 16 == 0}"

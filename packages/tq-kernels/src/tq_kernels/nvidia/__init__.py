@@ -1,1 +1,1 @@
-"""Decode kernels that use NVIDIA instructions (sm_80 and newer): byte permute and int8 ``mma.sync``."""
+"""Decode for NVIDIA GPUs from sm_80 on, with byte permutes and int8 ``mma.sync``."""

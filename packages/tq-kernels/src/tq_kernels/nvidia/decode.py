@@ -37,10 +37,10 @@ WARPS_PER_SM = {
 }
 #: The same for head_dim 256 with 8-bit keys, which would spill half a row into memory at 12.
 WARPS_WITH_WIDE_KEYS = 8
-#: Registers a lane that let so many run.
+#: Registers a lane that let so many warps run.
 REGISTERS = {16: 128, 12: 168, 8: 255}
-#: Bytes of stack a lane that this may cost: measured on an H200, more warps, or more query rows
-#: for every decoded tile, pay for some spilled words.
+#: Bytes of stack a lane that this may cost, by head_dim and query blocks: measured on an H200, more
+#: warps, or more query rows for every decoded tile, pay for some spilled words.
 SPILLS = {
     (64, 1): 16,
     (64, 2): 16,
@@ -131,7 +131,7 @@ def _batch_block(batch: int) -> int:
 
 
 def _rotates(fmt: KVFormat, blocks: int) -> bool:
-    """Whether the kernel rotates queries itself: more rows would take long to compile."""
+    """Whether `decode_partials` rotates queries itself; with more rows it would compile for long."""
     return fmt.rotation == "hadamard" and blocks <= 2
 
 
@@ -282,7 +282,7 @@ class NvidiaDecodePlan:
         )  # fmt: skip
 
 
-#: What the kernels are compiled with ahead of time: head_dim, bits, query rows, all options.
+#: What `decode_partials` is compiled with ahead of time: head_dim, bits, query rows, all options.
 _CASES = (
     *((128, k, v, 4, False) for k, v in ((4, 4), (4, 3), (3, 3), (2, 2), (8, 4))),
     *((dim, 4, 4, 4, True) for dim in (64, 128, 256)),
@@ -295,7 +295,7 @@ _CASES = (
 
 
 def aot_variants() -> list[Variant]:
-    """Variants of the three kernels over head_dim, bits, query rows and options."""
+    """Variants of `decode_partials` over head_dim, bits, query rows and options."""
     tensors = dict.fromkeys(("block_table", "seq_lens", "cu_query_lens"), "*i32")
     partials = dict.fromkeys(("partial_out", "partial_stats"), "*fp32")
     tables = tuple(f"{kind}_table{n}" for kind in "kv" for n in range(4))

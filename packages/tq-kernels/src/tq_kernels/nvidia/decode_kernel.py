@@ -1,14 +1,15 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, assignment, misc"
 """Split-KV decode on packed codes, one warp a program, codes straight into int8 tensor cores.
 
-A program walks a contiguous range of 64-token tiles of the flattened list of all
-(sequence, KV head) pairs, so every program has the same amount of work whatever the lengths
-are, and leaves one partial result for each pair it touched. Within a warp, with lane
+A pair is a sequence and a KV head, or one of ``chunks`` parts of its query rows where these are more
+than a program takes. A program walks a contiguous range of 64-token tiles of the flattened list of
+all pairs, so every program has the same amount of work whatever the lengths are, and leaves one
+partial result for each pair it touched. Within a warp, with lane
 ``4 g + t`` (``g`` 0-7, ``t`` 0-3) and the m16n8k32 fragments of PTX:
 
 - scores are computed transposed, ``K Qᵀ``: rows are tokens, the 8 columns are four query
   rows with a high and a low int8 digit each (16 bits of query). Lane ``(g, t)`` receives query
-  row ``t`` for 8 tokens of the tile, those that :mod:`tq_kernels.nvidia.tile_loads` gives group
+  row ``t`` for 8 tokens of the tile, those that `tq_kernels.nvidia.tile_loads` gives group
   ``g``;
 - the weights times the value scale become two int8 digits, and shuffles turn them into the second
   operand of ``Vᵀ P``, whose result lies on lane ``(g, t)`` for query row ``t`` again. Nothing goes
@@ -295,7 +296,7 @@ def decode_partials(
     """Partial attention of every (program, pair) that meet; see the module's description.
 
     With ``ROTATE`` queries come from ``q`` [tokens, heads, D], else from ``q_digits`` and
-    ``q_affine`` as :func:`tq_kernels.nvidia.rows_kernel.prepare_queries` writes them.
+    ``q_affine`` as `tq_kernels.nvidia.rows_kernel.prepare_queries` writes them.
     ``partial_out`` float32 ``[programs + pairs, 4 NB, D]`` and ``partial_stats`` float32
     ``[programs + pairs, 4 NB, 2]`` (base-2 maximum, sum) receive slot ``program + pair``.
     """

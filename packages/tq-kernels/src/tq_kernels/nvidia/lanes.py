@@ -70,7 +70,7 @@ def max_over_lanes(x, distance: tl.constexpr):
 
 @triton.jit
 def sum_over_lanes(x, distance: tl.constexpr):
-    """Sum of the lanes that :func:`max_over_lanes` takes together."""
+    """Sum of the lanes that `max_over_lanes` takes together."""
     x += butterfly(x, distance)
     x += butterfly(x, 2 * distance)
     return x + butterfly(x, 4 * distance)

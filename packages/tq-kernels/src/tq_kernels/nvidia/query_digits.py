@@ -2,8 +2,8 @@
 """Queries of one warp: Hadamard rotation in registers, then two int8 digits.
 
 A warp takes four rows. Lane ``4 g + t`` holds row ``g div 2`` and, of it, the ``D/8`` dimensions
-from ``t D/4 + (g mod 2) D/8`` on. Other rotations come from a kernel of their own,
-:func:`tq_kernels.nvidia.rows_kernel.prepare_queries`, which defines the same numbers.
+from ``t D/4 + (g mod 2) D/8`` on. Other rotations, and programs of more rows, take the queries of
+`tq_kernels.nvidia.rows_kernel.prepare_queries`, a kernel that gives the same numbers.
 """
 
 from __future__ import annotations

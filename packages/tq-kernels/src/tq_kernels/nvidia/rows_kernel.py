@@ -1,10 +1,12 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, assignment"
 """What surrounds the warp kernel: queries into int8 digits, partial results into outputs.
 
-Both kernels work on *rows*: row ``4 NB pair + r`` of a (sequence, KV head) pair is query
-``r div group`` of the sequence and query head ``kv_head * group + r mod group``; rows past
-the last query are padding. The rotation is a dense matrix product on tensor cores. Hadamard
-rotations of a power-of-two size are integers up to 2048 times a constant, exact in fp16.
+Both kernels work on *rows*, ``4 NB`` for each pair of
+`tq_kernels.nvidia.decode_kernel`. Row ``4 NB pair + r`` of chunk ``c`` of a sequence and KV
+head is, with ``n = 4 NB c + r``, query ``n div group`` of the sequence and query head
+``kv_head * group + n mod group``; rows past the last query are padding. The rotation is a dense
+matrix product on tensor cores. Hadamard rotations of a power-of-two size are integers up to 2048
+times a constant, exact in fp16.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ def tiles_of(lengths, query_lens, window, WINDOW: tl.constexpr):
 
 @triton.jit
 def _row_place(rows, cu_query_lens, group, kv_heads, chunks, pairs, ROWS_PER_PAIR: tl.constexpr):
-    """Sequence, KV head, query token, query head and validity of each row."""
+    """Pair, sequence, KV head, query token, query head and validity of each row."""
     pair = rows // ROWS_PER_PAIR
     inside = rows % ROWS_PER_PAIR + pair % chunks * ROWS_PER_PAIR
     exists = pair < pairs
@@ -73,7 +75,7 @@ def prepare_queries(
 
     ``q_digits`` int8 ``[pairs, NB, 4, 2, D]`` and ``q_affine`` float32 ``[pairs, NB, 4, 4]``: the
     scale and offset that turn an integer dot product into a base-2 logit before the key's scale,
-    and the logit of the key centre.
+    the logit of the key centre, and one number that is not used.
     """
     if PDL:
         gdc_launch_dependents()

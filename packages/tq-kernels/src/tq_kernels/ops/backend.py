@@ -1,4 +1,4 @@
-"""The Triton kernels of an operation, imported when it is called."""
+"""Where the Triton kernels of an operation can run; they are imported when it is called."""
 
 from __future__ import annotations
 

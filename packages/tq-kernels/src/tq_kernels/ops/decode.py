@@ -70,7 +70,10 @@ def check_attention(
 def check_block_table(
     block_table: Tensor, lengths: Tensor, name: str, pages: Tensor, fmt: KVFormat
 ) -> None:
-    """Raise unless the table and ``lengths`` [batch] belong together; contents if looked at."""
+    """Raise unless the table and ``lengths`` [batch] fit each other and the pages.
+
+    Contents are looked at on the CPU and in debug mode.
+    """
     check_tensor(name, lengths, (None,), INTEGERS, pages.device)
     batch = lengths.shape[0]
     check_tensor("block_table", block_table, (batch, None), INTEGERS, pages.device)
@@ -91,9 +94,9 @@ def check_block_table(
 def gather_sequence(
     pages: Tensor, table: Tensor, tokens: int, fmt: KVFormat, first_page: int = 0
 ) -> tuple[TokenCodes, TokenCodes]:
-    """Codes of one sequence up to ``tokens``, leading dimensions [1, kv_heads].
+    """Codes of tokens of one sequence up to ``tokens``, leading dimensions [1, kv_heads].
 
-    From ``first_page`` on: pages that no query sees may hold anything, NaN among their scales.
+    They begin with ``first_page``: pages that no query sees may hold anything, also NaN as scales.
     """
     used = -(-tokens // fmt.page_size)
     records = pages[table[first_page:used].to(torch.int64)].transpose(0, 1)

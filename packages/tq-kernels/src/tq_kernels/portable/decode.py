@@ -27,7 +27,7 @@ LOG2E = 1.4426950408889634
 MOST_REGISTERS = 255
 #: Tiles a split has at least.
 LEAST_TILES = 2
-#: Rows of queries that the kernels around the attention take at a time.
+#: Rows of queries that `prepare_queries` and `merge_partials` take at a time.
 AROUND = 16
 
 

@@ -1,9 +1,10 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 """Store: scale, rotation, quantization, packing and scatter of keys and values in one launch.
 
-A program takes a block of tokens of one head, keys or values. Up to 4 bits a coordinate in units
-of half a step is rounded down to an integer, which no boundary lies strictly between, and looked up
-in a table that holds centroid and code in one word; 8-bit codes are that integer.
+A program takes a block of tokens of one head, keys or values. For up to 4 bits, a coordinate in
+units of half a step, of which all boundaries are multiples, is rounded down to an integer and looked
+up in a table that holds centroid and code in one word. An 8-bit code is 128 more than the coordinate
+in steps, rounded down.
 """
 
 from __future__ import annotations
