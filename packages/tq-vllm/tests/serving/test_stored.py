@@ -86,6 +86,28 @@ def test_a_cached_prefix_is_seen_beside_decoding_sequences(engine, prompts, expe
     assert found == {"late": expected[0], "1": expected[1], "3": expected[3]}
 
 
+def test_without_prefix_caching_tokens_and_logprobs_are_the_same(engine, start, tiny, prompts):
+    def answers(server):
+        outs = server.generate(prompts, NEW, logprobs=1)
+        tokens = [list(o.outputs[0].token_ids) for o in outs]
+        logprobs = [
+            step[t].logprob
+            for o, ids in zip(outs, tokens, strict=True)
+            for step, t in zip(o.outputs[0].logprobs, ids, strict=True)
+        ]
+        return [o.num_cached_tokens for o in outs], tokens, logprobs
+
+    answers(engine)
+    cached, with_tokens, with_logprobs = answers(engine)
+    assert all(cached[n] for n in (0, 1, 3))
+    with start(tiny, K4V4, enable_prefix_caching=False) as other:
+        answers(other)
+        cached, tokens, logprobs = answers(other)
+    assert not any(cached)
+    assert tokens == with_tokens
+    assert logprobs == pytest.approx(with_logprobs, abs=0.05)
+
+
 def test_chunked_prefill_changes_nothing(start, tiny, prompts, expected):
     options = {"max_num_batched_tokens": 40, "enable_prefix_caching": False}
     with start(tiny, K4V4, **options) as engine:
