@@ -21,7 +21,7 @@ def test_import_loads_no_framework() -> None:
 def test_defaults() -> None:
     settings = load_settings()
     assert (settings.key_bits, settings.value_bits) == (4, 4)
-    assert (settings.skip_layers, settings.layers_fine) == ("none", "none")
+    assert (settings.skip_layers, settings.fine_layer_names) == ("none", "none")
     assert (settings.prefill, settings.seed) == ("exact", 0)
     assert settings.scale_name == KVFormat(128).scale
     assert not settings.singles_out_layers
@@ -44,7 +44,7 @@ def test_presets(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     settings = load_settings()
     assert (settings.preset, settings.key_bits) == (name, preset.k_bits)
     assert settings.value_bits == preset.v_bits
-    assert settings.layers_fine == ("0,1,-2,-1" if preset.k_bits <= 3 else "none")
+    assert settings.fine_layer_names == ("0,1,-2,-1" if preset.k_bits <= 3 else "none")
     monkeypatch.setenv("TQ_PRESET", f"k{preset.k_bits}v{preset.v_bits}")
     assert load_settings().preset == name
 
@@ -53,12 +53,12 @@ def test_bits_override_the_preset_and_its_layers(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("TQ_PRESET", "k3v3")
     monkeypatch.setenv("TQ_K_BITS", "4")
     settings = load_settings()
-    assert (settings.key_bits, settings.value_bits, settings.layers_fine) == (4, 3, "none")
+    assert (settings.key_bits, settings.value_bits, settings.fine_layer_names) == (4, 3, "none")
     monkeypatch.setenv("TQ_FINE_LAYERS", "2")
-    assert load_settings().layers_fine == "2"
+    assert load_settings().fine_layer_names == "2"
 
 
-def test_names_of_the_seed_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_older_names_of_bits_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TQ4_K_BITS", "8")
     monkeypatch.setenv("TQ4_V_BITS", " 3")
     settings = load_settings()

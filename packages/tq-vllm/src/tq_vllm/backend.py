@@ -53,7 +53,7 @@ def _format(head_dim: int, page_size: int, fine: bool, settings: Settings) -> KV
 class TurboQuantBackend(OlderPages, AttentionBackend):
     """Attention on pages of codes; a page is exactly ``heads * tokens * slot_bytes`` bytes."""
 
-    #: Whether it is for layers that get more bits.
+    #: Whether its layers get more bits.
     fine: ClassVar[bool] = False
     forward_includes_kv_cache_update: bool = False
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16]
@@ -103,7 +103,7 @@ class TurboQuantBackend(OlderPages, AttentionBackend):
         TQError
             For layers that are no plain or sliding-window attention.
         """
-        if spec.dtype == torch.uint8:
+        if spec.dtype == torch.uint8:  # done already
             return spec
         if type(spec) not in (FullAttentionSpec, SlidingWindowSpec):
             raise TQError(

@@ -13,10 +13,8 @@ from tq_kernels.presets import PRESETS
 
 from tq_vllm.settings import EDGES, FINE_BITS, named_layers
 
-__all__ = ["CacheFormat", "ModelShape", "capacity", "formats", "read_config"]
+__all__ = ["CacheFormat", "Capacity", "ModelShape", "capacity", "formats", "read_config"]
 
-#: Architectures by the way their configurations name a cache that pages of codes cannot hold.
-_LATENT = ("kv_lora_rank", "multi-head latent attention (MLA)")
 #: More layers than any model has; a list of them still fits into memory.
 _MOST_LAYERS = 10_000
 _FULL, _SLIDING = "full_attention", "sliding_attention"
@@ -59,8 +57,11 @@ class ModelShape:
         text = config.get("text_config") or config
         if not isinstance(text, Mapping):
             raise TQError(f"the configuration has text_config={text!r:.40}: needs an object")
-        if text.get(_LATENT[0]):
-            raise TQError(f"the model has {_LATENT[1]}: its cache is no keys and values by head")
+        if text.get("kv_lora_rank"):
+            raise TQError(
+                "the model has multi-head latent attention (MLA): its cache is no keys and values by "
+                "head"
+            )
 
         def given(name: str, limit: int = 2**31) -> int | None:
             value = text.get(name)
@@ -158,7 +159,7 @@ def formats(
 
 @dataclass(frozen=True)
 class Capacity:
-    """What fits.
+    """What fits into a cache.
 
     Attributes
     ----------
@@ -170,7 +171,7 @@ class Capacity:
     window_bytes : int
         Of a sequence, in the layers that keep a window, when it is full.
     longest : int
-        Tokens of one sequence that fits, at most the positions of the model.
+        Tokens of the longest sequence that fits, at most the positions of the model.
     requests : int
         Sequences of the given length that fit at once.
     ratio : float

@@ -93,7 +93,7 @@ def _single_out(
     if named(settings.skip_layers):
         _keep_at_16_bits(impl, layer, act_dtype)
         return True
-    if named(settings.layers_fine):
+    if named(settings.fine_layer_names):
         impl.fine, layer.attn_backend = True, FineTurboQuantBackend
     return False
 

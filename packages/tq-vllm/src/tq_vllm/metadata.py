@@ -35,6 +35,8 @@ def batch_limits(vllm_config: Any) -> tuple[int, int, int]:
 class TurboQuantMetadata(AttentionMetadata):
     """A batch: first the decodes, sequences with few new tokens, then the prefills.
 
+    What only prefills need is None in a batch without them.
+
     Attributes
     ----------
     block_table : int32 tensor [requests, max_pages]
@@ -44,14 +46,14 @@ class TurboQuantMetadata(AttentionMetadata):
         Where the new tokens of each sequence start.
     slot_mapping : int64 tensor [tokens]
     num_tokens, num_decodes, num_decode_tokens, num_prefills : int
-    max_decode_query_len, max_query_len, max_seq_len : int
-        Upper bounds, known on the host.
-    prefill_start_loc : int32 tensor [prefills + 1]
+    max_decode_query_len : int
+        Most new tokens of a decode, or an upper bound of it.
+    prefill_start_loc : int32 tensor [prefills + 1], optional
         Where the new tokens of each prefill start, counted from the first one.
-    context_lens : int32 tensor [prefills]
+    context_lens : int32 tensor [prefills], optional
         Tokens of each prefill that were stored before this step.
-    prefill_query_lens, prefill_context_lens : list of int
-        New and stored tokens of each prefill, known on the host.
+    prefill_query_lens, prefill_context_lens : list of int, optional
+        New and stored tokens of each prefill, where they are known on the host.
     """
 
     block_table: torch.Tensor
@@ -63,8 +65,6 @@ class TurboQuantMetadata(AttentionMetadata):
     num_decode_tokens: int
     num_prefills: int
     max_decode_query_len: int
-    max_query_len: int
-    max_seq_len: int
     prefill_start_loc: torch.Tensor | None
     context_lens: torch.Tensor | None
     prefill_query_lens: list[int] | None
@@ -72,7 +72,7 @@ class TurboQuantMetadata(AttentionMetadata):
 
 
 def _host_lengths(common: Any, decodes: int, prefills: int) -> tuple[list[int], list[int] | None]:
-    """New and stored tokens of prefills; vLLM knows both exactly on the host for prefills."""
+    """New and stored tokens of prefills; the bound of their lengths that vLLM has is exact."""
     starts = common.query_start_loc_cpu[decodes : decodes + prefills + 1]
     new = starts.diff()
     lengths = common.seq_lens_cpu_upper_bound
@@ -125,8 +125,6 @@ class TurboQuantMetadataBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
             num_decode_tokens=decode_tokens,
             num_prefills=prefills,
             max_decode_query_len=min(threshold, common.max_query_len),
-            max_query_len=common.max_query_len,
-            max_seq_len=common.max_seq_len,
             prefill_start_loc=start,
             context_lens=context,
             prefill_query_lens=new_lens,

@@ -1,6 +1,6 @@
-"""The operations on pages: the one place that chooses between eager and fused ones.
+"""The operations of a layer on pages, in eager PyTorch and in fused kernels.
 
-Fused ones run on GPUs. They look at no length on the host and keep their buffers in plans that
+Fused ones run on GPUs. They read no tensor on the host and keep their buffers in plans that
 all layers of one shape share; the plans are made while vLLM measures memory, and their size does
 not depend on the length of the context.
 """
@@ -138,7 +138,7 @@ class EagerOps:
 
     @property
     def extras(self) -> dict[str, Any]:
-        """Tensors that all attention operations take."""
+        """The tensors that all attention operations take, None where there is none."""
         return {"sinks": self.sinks, "key_center": self.key_center}
 
     def centered(self, k: Tensor) -> Tensor:
@@ -212,7 +212,7 @@ def _decode_plan(
 def _prefill_plan(
     shape: LayerShape, fmt: KVFormat, dtype: torch.dtype, device: torch.device
 ) -> tuple[PrefillPlan, Tensor]:
-    """As `_decode_plan`."""
+    """As `_decode_plan`, for prefills."""
     plan = tq_kernels.PrefillPlan(
         fmt,
         shape.heads,
@@ -254,7 +254,7 @@ def _warm_up(
 
 
 class FusedOps(EagerOps):
-    """Triton kernels."""
+    """Fused kernels, with plans that all layers of a shape share."""
 
     def reserve(self, fmt: KVFormat, dtype: torch.dtype, device: torch.device) -> None:
         for length in {1, self.shape.max_decode_query_len}:

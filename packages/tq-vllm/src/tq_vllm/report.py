@@ -1,4 +1,4 @@
-"""One line in the log: the format, and the bytes that vLLM allocates for it."""
+"""What the log says: the format and its bytes, and a warning where vLLM pads pages."""
 
 from __future__ import annotations
 

@@ -53,7 +53,6 @@ __all__ = [
 Bits = Literal[2, 3, 4, 8]
 Scale = Literal["mse", "norm", "unbiased", "none"]
 
-
 #: Bits of keys and values in layers that get more.
 FINE_BITS = (8, 4)
 
@@ -136,8 +135,8 @@ class Settings(BaseSettings):
         return KVFormat.scale
 
     @property
-    def layers_fine(self) -> str:
-        """Layers that get more bits, as ``TQ_FINE_LAYERS``.
+    def fine_layer_names(self) -> str:
+        """Layers that get more bits, as ``TQ_FINE_LAYERS`` names them or else the preset.
 
         Those of a preset of few bits are for the preset's own bits only.
         """
@@ -150,7 +149,7 @@ class Settings(BaseSettings):
     @property
     def singles_out_layers(self) -> bool:
         """Whether some layers are kept at 16 bits or get more bits."""
-        return (self.skip_layers, self.layers_fine) != ("none", "none")
+        return (self.skip_layers, self.fine_layer_names) != ("none", "none")
 
 
 def _names() -> list[str]:

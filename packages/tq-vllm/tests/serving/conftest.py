@@ -25,6 +25,7 @@ else:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
+#: Bytes of the cache.
 MEMORY = 8 << 20
 
 
@@ -125,7 +126,19 @@ class Continuation(NamedTuple):
 
 
 class Reference:
-    """Greedy generation with transformers, keys and values rounded as pages round them."""
+    """Greedy generation with transformers, keys and values rounded as pages round them.
+
+    Parameters
+    ----------
+    model : Path
+    fmt : KVFormat
+    exact : bool
+        Whether new tokens of a prompt see each other unrounded, as with ``TQ_PREFILL=exact``.
+    kept : sequence of int
+        Layers that are not rounded.
+    formats : dict of int to KVFormat, optional
+        Of layers that have another format than ``fmt``.
+    """
 
     def __init__(
         self,

@@ -55,9 +55,9 @@ def test_pages_and_states_share_blocks(start, hybrid):
             assert [o.outputs[0].token_ids for o in outs] == [o.outputs[0].token_ids for o in plain]
             errors[preset] = np.abs(np.subtract(list(logprobs(outs)), want)).mean()
             blocks = engine.config.cache_config.num_gpu_blocks
-            slots = {name: layer.kv_cache for name, layer in engine.layers.items()}
+            caches = {name: layer.kv_cache for name, layer in engine.layers.items()}
         # head_dim is 64; no page of codes has bytes that hold nothing.
-        widths = [cache.shape[-1] for name, cache in slots.items() if name.endswith("attn")]
+        widths = [cache.shape[-1] for name, cache in caches.items() if name.endswith("attn")]
         assert widths == {"tq8": [132] * 2}.get(preset, [100, 68] if settings else [68] * 2)
         assert blocks == (8 << 20) // (16 * sum(widths))
     assert errors["tq8"] < 0.005 and errors["tq4"] > 2 * errors["tq8"]
