@@ -12,7 +12,7 @@ from tq_core import TQError
 from tq_hf import TurboQuantCache
 from tq_hf.testing import feed
 from tq_hf.verify import roundings
-from tq_hf.verify.roundings import exact, turboquant
+from tq_hf.verify.roundings import turboquant
 from tq_hf.verify.simulate import RoundedHistory, rounded, visible_codes
 from tq_kernels import KVFormat
 
@@ -21,6 +21,10 @@ from tq_kernels import KVFormat
 def ids(trained: Any) -> torch.Tensor:
     text = "import os\n\n\ndef walk(path):\n    for name in os.listdir(path):\n" * 8
     return torch.tensor([[0, *trained[1].encode(text)[:87]]])
+
+
+def exact(x: torch.Tensor, layer: int) -> torch.Tensor:
+    return x
 
 
 def simulated(model: Any, ids: torch.Tensor, history: RoundedHistory) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -11,11 +11,11 @@ from tq_core import TQError
 from transformers import DynamicCache
 
 from tq_hf.argument import cache_argument
+from tq_hf.models.quality import CacheFactory
 from tq_hf.verify.scores import TokenScores, compare_logits
 
 __all__ = ["BASELINES", "baseline_factory", "compare_predictions"]
 
-CacheFactory = Callable[[], Any]
 BASELINES: dict[str, torch.dtype | None] = {
     "fp16": torch.float16,
     "bf16": torch.bfloat16,

@@ -30,7 +30,6 @@ from tq_hf.verify.feedback import encode_with_feedback, encode_with_search
 from tq_hf.verify.simulate import RoundedHistory, Rounding
 
 __all__ = [
-    "exact",
     "fp8",
     "integers",
     "kivi",
@@ -41,11 +40,6 @@ __all__ = [
 ]
 
 Centers = Mapping[int, Tensor] | int | None
-
-
-def exact(x: Tensor, layer: int) -> Tensor:
-    """Leave it as it is."""
-    return x
 
 
 def _subtracted(keys: Rounding, centers: Centers) -> Rounding:
@@ -142,7 +136,9 @@ def uniform(x: Tensor, bits: int) -> Tensor:
     return restored
 
 
-def integers(head_dim: int, bits: int, *, centers: Centers = None, **options: Any) -> Any:
+def integers(
+    head_dim: int, bits: int, *, centers: Centers = None, **options: Any
+) -> RoundedHistory:
     """Integers with scale and zero point a token and head, after a random Hadamard rotation."""
     matrix = KVFormat(head_dim, rounds=1).rotation_matrix()
 

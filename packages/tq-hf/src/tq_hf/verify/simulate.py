@@ -86,7 +86,9 @@ def _attention(
     history = _IN_USE.get()
     layer = getattr(module, "layer_idx", None)
     if history is None or layer is None:
-        raise TQError(f"{IMPLEMENTATION!r} attention runs inside tq_hf.verify.rounded only")
+        raise TQError(
+            f"{IMPLEMENTATION!r} attention runs inside tq_hf.verify.simulate.rounded only"
+        )
     odd = {n for n in ("softcap", "sliding_window", "s_aux") if kwargs.get(n) is not None}
     if odd or dropout:
         raise TQError(

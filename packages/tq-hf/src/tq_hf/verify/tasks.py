@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +12,12 @@ from torch import Tensor
 from tq_core import TQError
 
 from tq_hf.argument import cache_argument
+from tq_hf.models.quality import CacheFactory
 from tq_hf.verify.recall import recall_prompt
 from tq_hf.verify.texts import start_token
 
 __all__ = ["TaskCell", "copy_cells", "retrieval_cells", "task_sizes"]
 
-CacheFactory = Callable[[], Any]
 #: Definitions that a prompt asks for, and its tokens for each that it defines.
 QUESTIONS, SPACING = 12, 24
 #: Where definitions lie, on average, in the thirds of a prompt.
@@ -96,7 +96,7 @@ def retrieval_cells(
     Raises
     ------
     TQError
-        For lengths below 512, whose definitions are fewer than what is asked for.
+        For lengths below 512.
     """
     for length in lengths:
         if length < 512:

@@ -11,7 +11,14 @@ from tq_core import TQError
 
 from tq_hf.models import available_models, held_out_documents, held_out_text, load_model
 
-__all__ = ["CALIBRATION", "builtin_texts", "load_any_model", "read_texts", "token_windows"]
+__all__ = [
+    "CALIBRATION",
+    "builtin_texts",
+    "load_any_model",
+    "read_texts",
+    "start_token",
+    "token_windows",
+]
 
 #: Held-out package whose text is kept for calibration and never measured on.
 CALIBRATION = "einops"
