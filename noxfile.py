@@ -81,7 +81,7 @@ PYTHON = PYTHONS[0]
 
 
 def install(session: nox.Session, *what: str, constrain: bool = True) -> None:
-    """Install requirements, with the constraints of the CPU sessions where torch is among them."""
+    """Install requirements, in the versions of constraints.txt unless told otherwise."""
     session.install(*what, *(["-c", CONSTRAINTS] if constrain else []))
 
 
@@ -176,7 +176,7 @@ def test_vllm(session: nox.Session, version: str) -> None:
 @nox.session
 @nox.parametrize("python,suite", TEST_CASES)
 def tests(session: nox.Session, suite: str) -> None:
-    """All packages on the newest versions, then tq-hf, tq-vllm and tq-core on the lowest."""
+    """All packages on the newest versions, tq-vllm on vLLM itself, and the lowest that are declared."""
     core = editable("tq-core[cli,plots]")
     if suite == "core-lowest":
         install_lowest(session, *core, torch=False)

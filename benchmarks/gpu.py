@@ -33,9 +33,9 @@ def main() -> int:
     from tq_kernels.bench.suite import SECTIONS, Suite
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--sections", default=",".join(SECTIONS))
-    parser.add_argument("--peers", type=Path)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--sections", default=",".join(SECTIONS), help="names, separated by commas")
+    parser.add_argument("--peers", type=Path, help="folder that stage_peers.py wrote")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file")
     parser.add_argument("--seconds", type=float, default=float("inf"))
     parser.add_argument("--workers", type=int, default=max(1, min(14, (os.cpu_count() or 1) - 1)))
     arguments = parser.parse_args()

@@ -4,10 +4,10 @@ Usage: ``python benchmarks/quality.py [--model tiny] [--windows 6] [--only GROUP
 
 Writes ``results/quality-MODEL.json``. Every configuration is a `RoundedHistory`: predictions of
 1,024 tokens of held-out text in one pass, each query seeing old tokens rounded and the first 4 and
-the last 32 to 47 as they came, with the unbiased scale (unless the configuration says otherwise). One text of each package
-in turn; the first 64 predictions of a window are not scored. Calibrated centers come from the
-held-out text of einops, which is not measured; so do metrics of error feedback and bits by layer.
-Runs on one CPU core in about 25 minutes a model.
+the last 32 to 47 as they came, with the unbiased scale (unless the configuration says otherwise).
+One text of each package in turn; the first 64 predictions of a window are not scored. Calibrated
+centers come from the held-out text of einops, which is not measured; so do metrics of error
+feedback and bits by layer. Runs on one CPU core in about 25 minutes a model.
 """
 
 from __future__ import annotations
@@ -279,8 +279,8 @@ def significant(value: Any) -> Any:
     return {k: significant(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
-def stored_bits(history: RoundedHistory, config: Any) -> dict[str, float]:
-    """Bytes of a token in all layers, and bits of a number."""
+def stored_size(history: RoundedHistory, config: Any) -> dict[str, float]:
+    """Bytes of a token in all layers, and how many times smaller than at 16 bits that is."""
     layers, heads = config.num_hidden_layers, config.num_key_value_heads
     kept = len(history.skip_layers)
     full = 4 * config.head_dim
@@ -302,7 +302,7 @@ def measure(
             "groups": sorted(set(setting.groups)),
             **setting.options,
             "slot_bytes": setting.history.slot_bytes,
-            **stored_bits(setting.history, model.config),
+            **stored_size(setting.history, model.config),
         }
         if setting.name in known:
             yield known[setting.name] | about

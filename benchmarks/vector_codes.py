@@ -168,7 +168,7 @@ def switched_table(bits: int, x: Array) -> Array:
 
 
 def switched_codes(levels: Array) -> Array:
-    """Codes of the levels that :func:`switched_encode` chose."""
+    """Codes of the levels that `switched_encode` chose."""
     bit = np.zeros((len(levels), levels.shape[1] + 2), np.int64)
     for i in range(levels.shape[1]):
         bit[:, i + 2] = (levels[:, i] & 1) ^ bit[:, i]
@@ -176,7 +176,7 @@ def switched_codes(levels: Array) -> Array:
 
 
 def switched_levels(codes: Array) -> Array:
-    """Levels of codes; see :func:`switched_cosets`."""
+    """Levels of codes; see `switched_cosets`."""
     bit = np.pad(codes & 1, ((0, 0), (2, 0)))
     return (codes >> 1 << 2) + 2 * bit[:, 1:-1] + (bit[:, 2:] ^ bit[:, :-2])
 

@@ -8,10 +8,19 @@ import sys
 import pytest
 
 ABOVE = {
-    "tq_core": {"torch", "triton", "transformers", "vllm", "typer", "tq_kernels", "tq_hf"},
+    "tq_core": {
+        "torch",
+        "triton",
+        "transformers",
+        "vllm",
+        "typer",
+        "tq_kernels",
+        "tq_hf",
+        "tq_vllm",
+    },
     "tq_kernels": {"transformers", "vllm", "tq_hf", "tq_vllm"},
     "tq_hf": {"vllm", "tq_vllm"},
-    "tq_vllm": {"transformers", "tq_hf"},
+    "tq_vllm": {"transformers", "vllm", "tq_hf"},
 }
 
 

@@ -28,6 +28,7 @@ DOCUMENTS = (
 )
 MARKER = re.compile(r"<!-- table:([\w-]+) -->\n(.*?)<!-- /table:\1 -->", re.DOTALL)
 TABLES: dict[str, Callable[[], str]] = {}
+MODELS = ("tiny", "tiny-large-bias")
 
 
 def table(name: str) -> Callable[[Callable[[], str]], Callable[[], str]]:
@@ -63,7 +64,7 @@ def models() -> str:
     header = ("model", "bits per byte", "xz -9e", "recall at 1,536 tokens")
     keys = ("perplexity, 16-bit keys", "4-bit keys", "4-bit, mean subtracted")
     rows = []
-    for name in ("tiny", "tiny-large-bias"):
+    for name in MODELS:
         result = load(f"tools/train_tiny_lm/results/{name}-quality.json")
         rounded = result["key_quantization"]
         rows.append(
@@ -103,10 +104,8 @@ MOST_ERROR = 0.02
 
 
 def gpu(section: str) -> list[dict[str, Any]]:
-    """Entries of a section of the GPU benchmark whose outputs were right; none without the file."""
-    if not (ROOT / GPU_RESULT).exists():
-        return []
-    entries = load(GPU_RESULT)["sections"].get(section, [])
+    """Entries of a section of the GPU benchmark whose outputs were right."""
+    entries = load(GPU_RESULT)["sections"][section]
     return [entry for entry in entries if sound(entry["kernels"].get(OURS))]
 
 
@@ -123,24 +122,19 @@ def thousands(number: int) -> str:
     return f"{number // 1024}k" if number % 1024 == 0 else str(number)
 
 
-def microseconds(entry: dict[str, Any], name: str, *, ratio: bool = True) -> str:
+def microseconds(entry: dict[str, Any], name: str) -> str:
     """Median of a kernel, and how many times ours that is."""
     kernel = entry["kernels"].get(name)
     if kernel is None:
         return "–"
     text = f"{kernel['ms']['p50'] * 1e3:.1f}"
-    return f"{text} ({entry['speedup'][name]:.2f}x)" if ratio and name != OURS else text
+    return text if name == OURS else f"{text} ({entry['speedup'][name]:.2f}x)"
 
 
 def rate(entry: dict[str, Any]) -> str:
     """Share of the measured copy that our kernel reaches."""
     share = entry["kernels"][OURS].get("share_of_copy")
     return "–" if share is None else f"{share:.2f}"
-
-
-def gpu_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table, or a line that says that nothing is measured."""
-    return markdown(header, rows) if rows else "No measurement is committed yet.\n"
 
 
 def gpu_rows(section: str, label: Callable[[dict[str, Any]], str], peers: Sequence[str]) -> str:
@@ -155,22 +149,20 @@ def gpu_rows(section: str, label: Callable[[dict[str, Any]], str], peers: Sequen
         )
         for entry in gpu(section)
     ]
-    return gpu_table(header, rows)
+    return markdown(header, rows)
 
 
 @table("gpu-machine")
 def gpu_machine() -> str:
     """What the GPU benchmark ran on."""
-    if not (ROOT / GPU_RESULT).exists():
-        return "No measurement is committed yet.\n"
     result = load(GPU_RESULT)
-    machine, copy, read = result["machine"], result.get("copy"), result.get("read")
+    machine = result["machine"]
     rows = [
         ("device", f"{machine['device']}, driver {machine['driver']}"),
         ("PyTorch, Triton", f"{machine['packages']['torch']}, {machine['packages']['triton']}"),
         ("date, commit", f"{result['date'][:10]}, {(result['commit'] or 'unknown')[:12]}"),
-        ("copy (read + written)", f"{copy['tbps']:.2f} TB/s" if copy else "–"),
-        ("read alone", f"{read['tbps']:.2f} TB/s" if read else "–"),
+        ("copy (read + written)", f"{result['copy']['tbps']:.2f} TB/s"),
+        ("read alone", f"{result['read']['tbps']:.2f} TB/s"),
     ]
     return markdown(("", ""), rows)
 
@@ -213,7 +205,7 @@ def gpu_queries() -> str:
                 microseconds(entry, FA3),
             )
         )
-    return gpu_table(("", "TurboQuant µs", "of one token", f"{FA3} µs"), rows)
+    return markdown(("", "TurboQuant µs", "of one token", f"{FA3} µs"), rows)
 
 
 @table("gpu-heads")
@@ -242,7 +234,7 @@ def gpu_sweep() -> str:
         )
         for batch in batches
     ]
-    return gpu_table(("batch", *(thousands(c) for c in contexts)), rows)
+    return markdown(("batch", *(thousands(c) for c in contexts)), rows)
 
 
 @table("cpu-decode")
@@ -292,7 +284,7 @@ def gpu_prefill() -> str:
         )
         for entry in gpu("prefill")
     ]
-    return gpu_table(
+    return markdown(
         ("", f"{FA3} µs", "TurboQuant on FlashAttention 3 µs", "TurboQuant on PyTorch µs"), rows
     )
 
@@ -423,13 +415,13 @@ def reproduce_timing() -> str:
     """Time to quantize a vector by method and dimension."""
     rows = reproduced("timing")
     dims = sorted({row["dim"] for row in rows})
-    table = []
+    lines = []
     for method in dict.fromkeys(row["method"] for row in rows):
         found = {row["dim"]: row for row in rows if row["method"] == method}
         times = (f"{found[d]['microseconds_per_vector']:,.2f}" if d in found else "" for d in dims)
         printed = [found[d]["printed_seconds"] for d in (200, 1536, 3072)]
-        table.append((method, *times, " / ".join(f"{x:g} s" for x in printed)))
-    return markdown(("µs a vector", *(f"d = {d}" for d in dims), "paper, d = 200/1536/3072"), table)
+        lines.append((method, *times, " / ".join(f"{x:g} s" for x in printed)))
+    return markdown(("µs a vector", *(f"d = {d}" for d in dims), "paper, d = 200/1536/3072"), lines)
 
 
 @table("core-encode")
@@ -437,7 +429,7 @@ def core_encode() -> str:
     """Million vectors a second and core that tq-core encodes."""
     rows = load("benchmarks/results/core-speed.json")["encoding"]
     widths = sorted({row["bits"] for row in rows})
-    table = []
+    lines = []
     for dtype in ("float64", "float32"):
         for rotation in ("haar", "hadamard"):
             some = [
@@ -446,9 +438,9 @@ def core_encode() -> str:
                 for row in rows
                 if (row["bits"], row["rotation"], row["compute_dtype"]) == (bits, rotation, dtype)
             ]
-            table.append((f"{dtype}, {rotation}", *(f"{x / 1e6:.2f}" for x in some)))
+            lines.append((f"{dtype}, {rotation}", *(f"{x / 1e6:.2f}" for x in some)))
     header = ("million vectors/s, d = 128", *(f"{bits} bits" for bits in widths))
-    return markdown(header, table)
+    return markdown(header, lines)
 
 
 @table("core-search")
@@ -456,16 +448,13 @@ def core_search() -> str:
     """Milliseconds a query among a million codes."""
     rows = load("benchmarks/results/core-speed.json")["search"]
     counts = sorted({row["queries"] for row in rows})
-    table = []
+    lines = []
     for name in dict.fromkeys(row["index"] for row in rows):
         some = {row["queries"]: row for row in rows if row["index"] == name}
         times = (f"{some[n]['milliseconds_per_query']:.1f}" for n in counts)
-        table.append((name, *times, str(some[counts[0]]["bytes_per_vector"])))
+        lines.append((name, *times, str(some[counts[0]]["bytes_per_vector"])))
     header = ("ms a query, queries at once:", *map(str, counts), "bytes a vector")
-    return markdown(header, table)
-
-
-MODELS = ("tiny", "tiny-large-bias")
+    return markdown(header, lines)
 
 
 def quality(model: str, group: str | None = None) -> list[dict[str, Any]]:
@@ -503,7 +492,8 @@ def quality_ablation(group: str, *shown: str) -> str:
             else name.partition(", 0 sinks")[0]
         )
         keys = [rounded if key == "format" else quality_option(row[key]) for key in shown]
-        cells = [*keys, f"{row['bytes_per_token'] / 12:,.0f}"]
+        # Bytes of a token and head, on average over six layers of two heads.
+        cells = [*keys, f"{row['bytes_per_token'] / (6 * 2):,.0f}"]
         for found in (first.get(name), other.get(name)):
             missing = found is None
             cells += ["", ""] if missing else [f"{found['kl_mean']:.5f}", quality_change(found)]
@@ -728,13 +718,17 @@ def quality_paper() -> str:
     return markdown(header, rows)
 
 
+#: Targets of the cosine of each layer's keys and values.
+LEAST_COSINE = {"K4V4": 0.99, "K4V3": 0.98}
+
+
 @table("quality-layers")
 def quality_layers() -> str:
     """Cosines of each layer's keys and values with what they were."""
     rows = []
     for model in MODELS:
         for row in load(f"benchmarks/results/quality-{model}.json")["layers"]:
-            layers, limit = row["layers"], {"K4V4": 0.99, "K4V3": 0.98}[row["name"]]
+            layers, limit = row["layers"], LEAST_COSINE[row["name"]]
             keys, values, out = (min(x[f"{n}_cosine"] for x in layers) for n in ("k", "v", "out"))
             verdict = "met" if min(keys, values) >= limit else "missed"
             cells = (f"{keys:.4f}", f"{values:.4f}", f"{out:.4f}", f"{limit:.2f}: {verdict}")
@@ -778,7 +772,7 @@ def quality_targets() -> str:
             value = f"{100 * row['lost']:.1f} lost ({100 * low:+.1f} to {100 * high:+.1f})"
             add(f"{label}: recall within 1 point", model, value, row["lost"] <= 0.01)
         for row in load(f"benchmarks/results/quality-{model}.json")["layers"]:
-            limit = {"K4V4": 0.99, "K4V3": 0.98}[row["name"]]
+            limit = LEAST_COSINE[row["name"]]
             least = min(min(x["k_cosine"], x["v_cosine"]) for x in row["layers"])
             what = f"{row['name']}: cosine of each layer's keys and values {limit} at least"
             add(what, model, f"{least:.4f}", least >= limit)

@@ -3,7 +3,7 @@
 Usage: ``python tools/make_test_vectors.py [folder]``; the default folder is ``tests/vectors``. The
 files are part of the specification: they change only together with the version of the format.
 
-- ``codebooks.json``: ``step`` and ``level`` of every codebook of the page format.
+- ``codebooks.json``: grid, step and levels of every codebook of the page format.
 - ``rotations.json``: signs, matrix entries and SHA-256 of the float64 matrix bytes (row-major,
   little-endian, negative zeros made positive), and one input with its rotated output.
 - ``packing.json``: codes and their dense packing, 1 to 8 bits.
@@ -188,7 +188,7 @@ def main() -> None:
         ("packing", packing()),
         ("pages", index),
     ):
-        text = json.dumps({"format": "0.1", name: content}, indent=None, separators=(",", ":"))
+        text = json.dumps({"format": "0.1", name: content}, separators=(",", ":"))
         # One entry a line keeps the files readable in a diff.
         text = text.replace("},{", "},\n{").replace('},"', '},\n"')
         (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")

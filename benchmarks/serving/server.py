@@ -49,6 +49,8 @@ class Running:
     variables : dict of str
         Set on top of the environment, from which those of tq-vllm are taken out.
     log : Path
+    seconds : float
+        From the start to the first answer; 0 before it.
     """
 
     def __init__(

@@ -15,7 +15,6 @@ import platform
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from torch import Tensor
@@ -46,10 +45,9 @@ class QuantizedKeys(DynamicCache):
     def __init__(self, head_dim: int, bits: int, centers: list[Tensor] | None) -> None:
         super().__init__()
         book = lloyd_max(head_dim, bits)
-        self.centroids = torch.from_numpy(np.asarray(book.centroids)).float()
-        self.boundaries = torch.from_numpy(np.asarray(book.boundaries)).float()
-        matrix = HadamardRotation(head_dim).matrix
-        self.matrix = torch.from_numpy(np.asarray(matrix() if callable(matrix) else matrix)).float()
+        self.centroids = torch.tensor(book.centroids, dtype=torch.float32)
+        self.boundaries = torch.tensor(book.boundaries, dtype=torch.float32)
+        self.matrix = torch.tensor(HadamardRotation(head_dim).matrix, dtype=torch.float32)
         self.centers = centers
 
     def update(
@@ -103,6 +101,13 @@ def row(result: Perplexity) -> dict[str, float]:
     }
 
 
+def together(each: list[Perplexity]) -> Perplexity:
+    """Return the perplexity of several texts as one."""
+    return Perplexity(
+        sum(r.nats for r in each), sum(r.tokens for r in each), sum(r.bytes for r in each)
+    )
+
+
 def key_quantization(model: Any, tokenizer: Any, tokens: int) -> dict[str, Any]:
     """Measure perplexity with 2, 3 and 4-bit keys, plain and with their mean subtracted."""
     recorder = RecordedKeys()
@@ -120,11 +125,7 @@ def key_quantization(model: Any, tokenizer: Any, tokens: int) -> dict[str, Any]:
             )
             for text in texts
         ]
-        return row(
-            Perplexity(
-                sum(r.nats for r in each), sum(r.tokens for r in each), sum(r.bytes for r in each)
-            )
-        )
+        return row(together(each))
 
     result: dict[str, Any] = {"exact": measure(None), "calibration": CALIBRATION}
     for bits in (4, 3, 2):
@@ -163,11 +164,7 @@ def controls(model: Any, tokenizer: Any, tokens: int) -> dict[str, Any]:
             )
             for n in names
         ]
-        result[key] = row(
-            Perplexity(
-                sum(r.nats for r in each), sum(r.tokens for r in each), sum(r.bytes for r in each)
-            )
-        )
+        result[key] = row(together(each))
     return result
 
 
