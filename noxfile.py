@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent
 PACKAGES = ("tq-core", "tq-kernels", "tq-hf", "tq-vllm")
 CONSTRAINTS = str(ROOT / "constraints.txt")
 RUNNERS = ("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100")
-# Ends of the ranges that the packages declare, and the Python versions that both have wheels for.
+# Ends of the ranges that tq-core declares, and the Pythons that NumPy and SciPy have wheels for there.
 CORE_ENDS = {
     "lowest": ("3.11", "3.12"),
     "highest": ("3.11", "3.12", "3.13"),

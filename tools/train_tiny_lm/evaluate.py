@@ -29,10 +29,10 @@ from tq_hf.models import (
     perplexity,
     retrieval_accuracy,
 )
+from tq_hf.verify.texts import CALIBRATION
 from transformers import DynamicCache
 
 RESULTS = Path(__file__).resolve().parent / "results"
-CALIBRATION = "einops"
 
 
 class QuantizedKeys(DynamicCache):

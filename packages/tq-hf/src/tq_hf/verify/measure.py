@@ -102,7 +102,7 @@ def measure(
         For the report.
     baseline : {"fp16", "bf16", "model"}
         What the cache is compared with.
-    limits : dict
+    limits : dict, optional
         Thresholds; see `parse_thresholds`.
     chunk : int
         Tokens fed at a time.
@@ -125,6 +125,7 @@ def measure(
     seed : int
         Seed of the tasks.
     progress : callable
+        Called with what is measured and the share of it that is done.
 
     Returns
     -------

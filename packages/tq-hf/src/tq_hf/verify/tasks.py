@@ -50,7 +50,10 @@ class TaskCell:
 
 
 def task_sizes(context: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Lengths of retrieval prompts and of copied runs that fit a model's context."""
+    """Lengths of retrieval prompts and of copied runs that fit a model's context.
+
+    24 tokens are left for a question with its answer.
+    """
     lengths = tuple(n for n in (512, 1536, 4096) if n + 24 * QUESTIONS <= context)
     return lengths, tuple(n for n in (64, 256) if 2 * n + 2 <= context)
 
