@@ -17,7 +17,7 @@ from tq_kernels.expand import expand, field_order
 from tq_kernels.format import KVFormat
 from tq_kernels.integer_dot import Digits, dot_half_integers, to_digits
 from tq_kernels.ops.rotate import compute_dtype, rotate_unchecked
-from tq_kernels.quantize import TokenCodes, codebook_of
+from tq_kernels.quantize import TokenCodes, step_of
 
 __all__ = ["attend_codes", "attend_dense", "merge_sink", "merge_states"]
 
@@ -202,14 +202,12 @@ def attend_codes(
         raise TQError("sliding_window without query_positions: pass the positions of the queries")
     if softmax_scale is None:
         softmax_scale = dim**-0.5
-    k_step, v_step = codebook_of(fmt, "k").step, codebook_of(fmt, "v").step
-    assert k_step is not None and v_step is not None
     rows = _grouped(q.to(compute), kv_heads)
     bias = None
     if key_center is not None:
         bias = (rows * key_center.to(compute)[:, None]).sum(dim=-1, keepdim=True) * softmax_scale
     rotated = rotate_unchecked(rows, fmt)[..., field_order(fmt, "k", q.device)]
-    rotated = rotated * (softmax_scale * k_step)
+    rotated = rotated * (softmax_scale * step_of(fmt, "k"))
     prepared = to_digits(rotated) if dtype == torch.int8 else rotated.to(dtype)
     state = _Softmax(rows)
     for start in range(0, keys.tokens, chunk):
@@ -231,7 +229,7 @@ def attend_codes(
         state.out += _dot(prepared_weights, numbers, compute)
     fields, lse = state.result()
     out = torch.empty_like(fields)
-    out[..., field_order(fmt, "v", q.device)] = fields * v_step
+    out[..., field_order(fmt, "v", q.device)] = fields * step_of(fmt, "v")
     out = rotate_unchecked(out, fmt, inverse=True)
     shape = (batch, heads, queries)
     return out.reshape(*shape, dim).to(q.dtype), lse.reshape(shape)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tq_kernels.codec import PLANE_WIDTHS, Kind, field_dims
 from tq_kernels.format import KVFormat
-from tq_kernels.quantize import codebook_of
+from tq_kernels.quantize import codebook_of, step_of
 
 __all__ = ["expand", "field_order"]
 
@@ -38,8 +38,7 @@ def field_order(fmt: KVFormat, kind: Kind, device: torch.device) -> Tensor:
 def _table(fmt: KVFormat, kind: Kind, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Four numbers of every index, [indices, 4]."""
     book = codebook_of(fmt, kind)
-    assert book.step is not None
-    halves = torch.from_numpy(book.centroids / book.step)
+    halves = torch.from_numpy(book.centroids / step_of(fmt, kind))
     numbers = (halves.floor() if dtype == torch.int8 else halves).to(dtype)
     if book.bits == 4:  # two bytes
         codes = (torch.arange(2**16)[:, None] >> torch.arange(0, 16, 4)) & 15

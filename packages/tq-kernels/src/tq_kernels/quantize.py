@@ -22,6 +22,7 @@ __all__ = [
     "decode_tokens",
     "encode_tokens",
     "quantize",
+    "step_of",
     "to_half",
 ]
 
@@ -75,6 +76,13 @@ class TokenCodes:
 def codebook_of(fmt: KVFormat, kind: Kind) -> Codebook:
     """Codebook of the keys or the values."""
     return fmt.k_codebook if kind == "k" else fmt.v_codebook
+
+
+def step_of(fmt: KVFormat, kind: Kind) -> float:
+    """Distance of neighbouring levels: centroids over it are half-integers."""
+    step = codebook_of(fmt, kind).step
+    assert step is not None  # codebooks of pages lie on a grid
+    return float(step)
 
 
 @lru_cache(maxsize=256)

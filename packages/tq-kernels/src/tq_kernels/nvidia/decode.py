@@ -16,7 +16,7 @@ from tq_kernels.format import KVFormat
 from tq_kernels.nvidia.decode_kernel import decode_partials
 from tq_kernels.nvidia.rows_kernel import combine_partials, prepare_queries
 from tq_kernels.nvidia.tile_loads import rows_of_a_line
-from tq_kernels.quantize import codebook_of
+from tq_kernels.quantize import codebook_of, step_of
 
 __all__ = ["NvidiaDecodePlan", "aot_variants", "unsupported"]
 
@@ -87,11 +87,6 @@ def _table(codebook: Codebook) -> tuple[int, int, int, int]:
 def _center(codebook: Codebook) -> float:
     # 8-bit codes become signed bytes, code - 128, and their grid is centred at -1/2.
     return -0.5 if codebook.bits == 8 else 63.5
-
-
-def _step(codebook: Codebook) -> float:
-    assert codebook.step is not None
-    return float(codebook.step)
 
 
 def _exact_rotation(matrix: Tensor) -> tuple[Tensor, float]:
@@ -193,12 +188,12 @@ class NvidiaDecodePlan:
         keys, values = codebook_of(fmt, "k"), codebook_of(fmt, "v")
         self._k_table, self._v_table = _table(keys), _table(values)
         self._k_center, self._v_center = _center(keys), _center(values)
-        self._v_step = _step(values)
+        self._v_step = step_of(fmt, "v")
         matrix, scale = _exact_rotation(fmt.rotation_matrix("cpu", torch.float64))
         self._inverse, self._inverse_scale = matrix.to(device).contiguous(), scale
         self._forward = matrix.T.to(device).contiguous()
         self._precision = "tf32" if matrix.dtype == torch.float16 else "ieee"
-        self._logit_scale = spec.scale * LOG2E * _step(keys) * scale
+        self._logit_scale = spec.scale * LOG2E * step_of(fmt, "k") * scale
 
         self._rotates = _rotates(fmt, self.blocks)
         self._signs = _sign_words(fmt).to(device) if self._rotates else self._forward

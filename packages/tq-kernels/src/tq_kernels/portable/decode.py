@@ -12,13 +12,12 @@ from tq_core import TQError
 
 from tq_kernels.aot import Variant
 from tq_kernels.attention_spec import AttentionSpec
-from tq_kernels.codec import Kind
 from tq_kernels.format import KVFormat
 from tq_kernels.ops.backend import portable_kernels
 from tq_kernels.portable.attend import attend_pages
 from tq_kernels.portable.rows import merge_partials, prepare_queries
 from tq_kernels.portable.unpack import field_count, table_words, value_order
-from tq_kernels.quantize import codebook_of
+from tq_kernels.quantize import step_of
 
 __all__ = ["PortableDecodePlan"]
 
@@ -85,7 +84,7 @@ def prepare_constants(fmt: KVFormat, center: bool) -> dict[str, Any]:
 
 
 def attend_constants(
-    spec: AttentionSpec, tiling: Tiling, center: bool, after: bool
+    spec: AttentionSpec, tiling: Tiling, center: bool, prefix: bool
 ) -> dict[str, Any]:
     """Constants of `attend_pages`."""
     fmt = spec.fmt
@@ -106,7 +105,7 @@ def attend_constants(
         "WINDOW": spec.sliding_window is not None,
         "CAP": spec.soft_cap is not None,
         "CENTER": center,
-        "PREFIX": after,
+        "PREFIX": prefix,
         "FINE": spec.dtype != torch.bfloat16,
     }
 
@@ -117,7 +116,7 @@ def merge_warps(dim: int) -> int:
 
 
 def merge_constants(
-    spec: AttentionSpec, tiling: Tiling, sinks: bool, after: bool
+    spec: AttentionSpec, tiling: Tiling, sinks: bool, prefix: bool
 ) -> dict[str, Any]:
     """Constants of `merge_partials`."""
     dim = spec.fmt.head_dim
@@ -129,7 +128,7 @@ def merge_constants(
         "TILE": 4 * tiling.quads,
         "WINDOW": spec.sliding_window is not None,
         "SINKS": sinks,
-        "PREFIX": after,
+        "PREFIX": prefix,
     }
 
 
@@ -144,7 +143,7 @@ class PortableDecodePlan:
     spec : AttentionSpec
     num_splits : int, optional
         Parts of the history that are attended in parallel; chosen from the device if not given.
-    after : bool
+    prefix : bool
         The queries follow after the stored tokens, instead of being the last of them.
 
     Raises
@@ -158,7 +157,7 @@ class PortableDecodePlan:
         spec: AttentionSpec,
         *,
         num_splits: int | None = None,
-        after: bool = False,
+        prefix: bool = False,
     ) -> None:
         self.spec = spec
         fmt, device = spec.fmt, spec.device
@@ -167,7 +166,7 @@ class PortableDecodePlan:
         self.num_splits = choose_splits(spec, self.tiling) if num_splits is None else num_splits
         if not 1 <= self.num_splits <= 65535:
             raise TQError(f"num_splits={num_splits}: needs 1 to 65535, or None to choose")
-        self._after = after
+        self._prefix = prefix
         dim = fmt.head_dim
         columns, _ = key_columns(fmt)
         rotation = fmt.rotation_matrix("cpu", torch.float64)
@@ -241,7 +240,7 @@ class PortableDecodePlan:
         rows = q.shape[0] * spec.heads
         prepare_queries[(-(-rows // AROUND),)](
             q, self._forward, q if key_center is None else key_center, self._digits, self._stats,
-            spec.scale * LOG2E * _step(spec.fmt, "k"), spec.scale * LOG2E,
+            spec.scale * LOG2E * step_of(spec.fmt, "k"), spec.scale * LOG2E,
             rows, spec.heads, spec.group, q.stride(0), q.stride(1),
             **prepare_constants(spec.fmt, key_center is not None), num_warps=4,
         )  # fmt: skip
@@ -257,7 +256,7 @@ class PortableDecodePlan:
             spec.soft_cap or 0.0, spec.sliding_window or 0, self.num_splits, LEAST_TILES, blocks,
             spec.kv_heads, spec.group, spec.max_tokens * spec.heads,
             pages.stride(0), pages.stride(1), block_table.stride(0),
-            **attend_constants(spec, tiling, center, self._after),
+            **attend_constants(spec, tiling, center, self._prefix),
             num_warps=tiling.warps, num_stages=tiling.stages, **register_limit(),
         )  # fmt: skip
 
@@ -269,18 +268,12 @@ class PortableDecodePlan:
         merge_partials[(lengths.shape[0] * spec.kv_heads * blocks,)](
             self._partial_out, self._partial_stats, lengths, cu, self._inverse,
             lse if sinks is None else sinks, out, lse,
-            _step(spec.fmt, "v"), spec.sliding_window or 0, self.num_splits, LEAST_TILES, blocks,
+            step_of(spec.fmt, "v"), spec.sliding_window or 0, self.num_splits, LEAST_TILES, blocks,
             spec.kv_heads, spec.group, spec.max_tokens * spec.heads,
             out.stride(0), out.stride(1), lse.stride(0),
-            **merge_constants(spec, self.tiling, sinks is not None, self._after),
+            **merge_constants(spec, self.tiling, sinks is not None, self._prefix),
             num_warps=merge_warps(spec.fmt.head_dim),
         )  # fmt: skip
-
-
-def _step(fmt: KVFormat, kind: Kind) -> float:
-    step = codebook_of(fmt, kind).step
-    assert step is not None
-    return float(step)
 
 
 #: What the kernels are compiled with ahead of time: head_dim, bits, dtype, all options.

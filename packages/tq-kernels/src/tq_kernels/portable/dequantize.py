@@ -16,7 +16,7 @@ from tq_kernels.codec import Kind
 from tq_kernels.format import KVFormat
 from tq_kernels.portable.fields import column_order, load_codes, token_places
 from tq_kernels.portable.rotation_tile import RotationParts, rotation_parts
-from tq_kernels.quantize import codebook_of
+from tq_kernels.quantize import codebook_of, step_of
 
 __all__ = ["dequantize"]
 
@@ -102,17 +102,16 @@ class _Side:
 
 @lru_cache(maxsize=256)
 def _side(fmt: KVFormat, kind: Kind, device: torch.device) -> _Side:
-    book = codebook_of(fmt, kind)
-    assert book.step is not None
+    book, step = codebook_of(fmt, kind), step_of(fmt, kind)
     order = column_order(kind, book.bits, fmt.head_dim)
     numbers = torch.zeros(16, dtype=torch.float16)
     if book.bits < 8:
-        numbers[: 2**book.bits] = torch.from_numpy(book.centroids / book.step).half()
+        numbers[: 2**book.bits] = torch.from_numpy(book.centroids / step).half()
     return _Side(
         rotation_parts(fmt, device, True, order),
         numbers.to(device),
         torch.tensor(order, dtype=torch.int32, device=device),
-        book.step,
+        step,
     )
 
 

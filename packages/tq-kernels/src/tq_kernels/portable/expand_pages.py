@@ -16,6 +16,7 @@ from tq_kernels.portable.unpack import (
     table_words,
     value_words,
 )
+from tq_kernels.quantize import step_of
 
 __all__ = ["expand_pages", "key_order"]
 
@@ -112,10 +113,8 @@ def expand_pages(
     fmt : KVFormat
     """
     tokens, kv_heads, _ = k.shape
-    assert fmt.k_codebook.step is not None
-    assert fmt.v_codebook.step is not None
     expand_kernel[(-(-tokens // TOKENS), kv_heads)](
         pages, table, k, v, start, tokens, kv_heads, pages.stride(0), pages.stride(1),
-        float(fmt.k_codebook.step), float(fmt.v_codebook.step),
+        step_of(fmt, "k"), step_of(fmt, "v"),
         **expand_constants(fmt), num_warps=2,
     )  # fmt: skip

@@ -115,7 +115,7 @@ class PrefillPlan:
         self._codes = None
         if codes_query_len:
             few = replace(spec, max_query_len=min(codes_query_len, max_tokens))
-            self._codes = PortableDecodePlan(few, after=True)
+            self._codes = PortableDecodePlan(few, prefix=True)
         shape = (2, scratch_tokens, kv_heads, fmt.head_dim)
         # fp16 holds what is expanded more precisely than bf16.
         self._wide = torch.float32 if dtype == torch.float32 else torch.float16

@@ -27,7 +27,7 @@ from tq_kernels.portable.rotation_tile import (
     rotation_parts,
     step_width,
 )
-from tq_kernels.quantize import codebook_of
+from tq_kernels.quantize import codebook_of, step_of
 
 __all__ = ["StoreShape", "store"]
 
@@ -135,17 +135,16 @@ def code_table(fmt: KVFormat, kind: Kind, device: torch.device) -> Tensor:
     entries and more all coordinates of unit vectors are in it; with 256 those from -128 to 127,
     beyond which no boundary is, and coordinates have to be clamped.
     """
-    book = codebook_of(fmt, kind)
-    assert book.step is not None
+    book, step = codebook_of(fmt, kind), step_of(fmt, kind)
     if book.bits == 8:
         return torch.zeros(256, dtype=torch.int32, device=device)
-    size = 2 * triton.next_power_of_2(int(2.0 / book.step) + 4)
+    size = 2 * triton.next_power_of_2(int(2.0 / step) + 4)
     if size not in (1024, 2048):
         size = 256
     centres = (torch.arange(size) + size // 2) % size - (size // 2 - 0.5)
-    boundaries = torch.from_numpy(book.boundaries / (0.5 * book.step)).round()
+    boundaries = torch.from_numpy(book.boundaries / (0.5 * step)).round()
     codes = torch.bucketize(centres.double(), boundaries)
-    numbers = torch.from_numpy(book.centroids / book.step).float()
+    numbers = torch.from_numpy(book.centroids / step).float()
     return (numbers[codes].view(torch.int32) | codes.to(torch.int32)).to(device)
 
 
@@ -181,14 +180,13 @@ class _Constants:
 def _constants(fmt: KVFormat, device: torch.device, dtype: torch.dtype) -> _Constants:
     k_order = column_order("k", fmt.k_bits, fmt.head_dim)
     v_order = column_order("v", fmt.v_bits, fmt.head_dim)
-    assert fmt.k_codebook.step is not None and fmt.v_codebook.step is not None
     return _Constants(
         rotation_parts(fmt, device, order=k_order, dtype=dtype),
         rotation_parts(fmt, device, order=v_order, dtype=dtype),
         code_table(fmt, "k", device),
         code_table(fmt, "v", device),
-        fmt.k_codebook.step,
-        fmt.v_codebook.step,
+        step_of(fmt, "k"),
+        step_of(fmt, "v"),
     )
 
 
