@@ -1,6 +1,6 @@
 """Recall of values from a long prompt, on the trained models.
 
-Usage: ``python benchmarks/quality_recall.py [--model tiny] [--prompts 20]``
+Usage: ``python benchmarks/quality_recall.py [--model tiny] [--prompts 60]``
 
 Writes ``results/quality-retrieval-MODEL.json``. A prompt is held-out code with 64 lines such as
 ``NAME_ABCD = 1234`` in it, then a question such as ``assert NAME_ABCD == 1234`` for 32 of them, one
@@ -107,7 +107,7 @@ def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="tiny")
-    parser.add_argument("--prompts", type=int, default=20)
+    parser.add_argument("--prompts", type=int, default=60)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
