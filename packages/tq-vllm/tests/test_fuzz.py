@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tq_core import TQError
 from tq_vllm.capacity import ModelShape, capacity, formats, read_config
@@ -30,6 +30,7 @@ NAMES = st.sampled_from([*LLAMA, "text_config", "use_sliding_window", "kv_lora_r
 
 
 @settings(max_examples=400, deadline=None)
+@example({"hidden_size": 1}, {"head_dim"})
 @given(st.dictionaries(NAMES, JSON | st.integers(0, 64), max_size=3), st.sets(NAMES, max_size=1))
 def test_any_configuration(changes: dict[str, object], left_out: set[str]) -> None:
     config = {n: v for n, v in (LLAMA | changes).items() if n not in left_out}

@@ -93,12 +93,18 @@ class ModelShape:
             raise TQError("the configuration has no layer of attention: there is no cache to plan")
         if _SLIDING in kinds and window is None:
             raise TQError("the configuration has sliding layers and no sliding_window")
+        head_dim = given("head_dim") or need("hidden_size", "n_embd") // heads
+        if head_dim == 0:
+            raise TQError(
+                f"the configuration has fewer dimensions than its {heads} heads; give head_dim or a "
+                "larger hidden_size"
+            )
         return cls(
             tuple(window if kinds[n] == _SLIDING else None for n in attention),
             tuple(attention),
             total,
             given("num_key_value_heads") or heads,
-            given("head_dim") or need("hidden_size", "n_embd") // heads,
+            head_dim,
             need("max_position_embeddings", "n_positions", "n_ctx"),
         )
 
