@@ -26,6 +26,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from tq_hf.verify.attending import attending
+
 __all__ = ["SEARCHED", "encode_with_feedback", "encode_with_search", "error_metrics"]
 
 IMPLEMENTATION = "tq_query_probe"
@@ -132,15 +134,9 @@ def error_metrics(model: Any, windows: Iterable[Tensor]) -> dict[int, tuple[Tens
         weights.
     """
     sums: dict[int, Tensor] = {}
-    before = model.config._attn_implementation
-    token = _SUMS.set(sums)
-    model.set_attn_implementation(IMPLEMENTATION)
-    try:
+    with attending(model, IMPLEMENTATION, _SUMS, sums):
         for ids in windows:
             model(input_ids=ids, use_cache=False)
-    finally:
-        model.set_attn_implementation(before)
-        _SUMS.reset(token)
     found = {}
     for layer, keys in sums.items():
         kv_heads, dim, _ = keys.shape

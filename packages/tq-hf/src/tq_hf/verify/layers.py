@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass, fields
 from typing import Any
@@ -16,6 +15,7 @@ from transformers.masking_utils import sdpa_mask
 
 from tq_hf.attention import turboquant_attention
 from tq_hf.layer import CompressedLayer
+from tq_hf.verify.attending import attending
 
 __all__ = ["LayerScores", "measure_layers"]
 
@@ -112,19 +112,6 @@ def _attention(
     return out, None
 
 
-@contextmanager
-def _probing(model: Any, cache: Any) -> Iterator[_Probe]:
-    before = model.config._attn_implementation
-    probe = _Probe(cache, {})
-    token = _PROBE.set(probe)
-    model.set_attn_implementation(IMPLEMENTATION)
-    try:
-        yield probe
-    finally:
-        model.set_attn_implementation(before)
-        _PROBE.reset(token)
-
-
 @torch.no_grad()
 def measure_layers(
     model: Any, windows: Iterable[Tensor], make_cache: Callable[[], Any]
@@ -147,7 +134,7 @@ def measure_layers(
     TQError
         If no window is longer than 64 tokens.
     """
-    with _probing(model, make_cache()) as probe:
+    with attending(model, IMPLEMENTATION, _PROBE, _Probe(make_cache(), {})) as probe:
         for ids in windows:
             if ids.shape[1] > SKIPPED_QUERIES:
                 model(input_ids=ids, use_cache=False)

@@ -19,6 +19,8 @@ from tq_core import TQError
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
+from tq_hf.verify.attending import attending
+
 __all__ = ["RoundedHistory", "rounded", "visible_codes"]
 
 #: Keys or values [batch, kv_heads, tokens, head_dim] and the layer's number, to what is restored.
@@ -139,14 +141,8 @@ def rounded(model: Any, history: RoundedHistory) -> Iterator[None]:
     TQError
         During the call, for soft caps, sliding windows and learned sinks.
     """
-    before = model.config._attn_implementation
-    token = _IN_USE.set(history)
-    model.set_attn_implementation(IMPLEMENTATION)
-    try:
+    with attending(model, IMPLEMENTATION, _IN_USE, history):
         yield
-    finally:
-        model.set_attn_implementation(before)
-        _IN_USE.reset(token)
 
 
 AttentionInterface.register(IMPLEMENTATION, _attention)
