@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
+import socket
+import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -115,6 +120,47 @@ def start_engine(model: Path, settings: dict[str, str], **options: Any) -> Itera
         os.environ.update(old)
         AttentionBackendEnum.CPU_ATTN.clear_override()
         selector._cached_get_attn_backend.cache_clear()
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def run_server(
+    command: Sequence[str], settings: dict[str, str], port: int, log: Path
+) -> Iterator[str]:
+    """The address of a server that a command starts beside its log, once it answers."""
+    env = {n: v for n, v in os.environ.items() if not n.startswith(("TQ_", "TQ4_"))}
+    env |= {"VLLM_LOGGING_LEVEL": "INFO", **settings}
+    with log.open("w") as sink:
+        process = subprocess.Popen(
+            command,
+            cwd=log.parent,
+            env=env,
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    url = f"http://127.0.0.1:{port}"
+    deadline = time.monotonic() + 240
+    try:
+        while True:
+            running = process.poll() is None and time.monotonic() < deadline
+            assert running, f"the server did not start:\n{log.read_text()[-3000:]}"
+            try:
+                urllib.request.urlopen(f"{url}/health", timeout=2).close()
+                break
+            except OSError:
+                time.sleep(0.3)
+        yield url
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+        process.wait(60)
 
 
 class Continuation(NamedTuple):
@@ -228,6 +274,16 @@ def tiny() -> Path:
 @pytest.fixture(scope="session")
 def start():
     return start_engine
+
+
+@pytest.fixture(scope="session")
+def port() -> Callable[[], int]:
+    return free_port
+
+
+@pytest.fixture(scope="session")
+def serve():
+    return run_server
 
 
 @pytest.fixture(scope="session")

@@ -5,12 +5,8 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from pathlib import Path
 
 import pytest
@@ -37,38 +33,16 @@ def test_the_guide_serves_with_both_settings() -> None:
 
 
 @pytest.mark.parametrize("command", commands())
-def test_a_command_of_the_guide_serves(command: str, tiny: Path, tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    env = {n: v for n, v in os.environ.items() if not n.startswith(("TQ_", "TQ4_"))}
-    env |= {"PATH": f"{Path(sys.executable).parent}:{env['PATH']}", "VLLM_LOGGING_LEVEL": "INFO"}
+def test_a_command_of_the_guide_serves(
+    command: str, tiny: Path, tmp_path: Path, port, serve
+) -> None:
+    path = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     if "center.safetensors" in command:
         calibrate = ["tq", "calibrate", str(tiny), "--windows", "1", "--tokens", "128"]
-        where = {"cwd": tmp_path, "env": env, "check": True, "capture_output": True}
+        where = {"cwd": tmp_path, "env": os.environ | path, "check": True, "capture_output": True}
         subprocess.run([*calibrate, "--out", "center.safetensors"], **where)
     script = command.replace("vllm serve MODEL", f"{SERVE} {shlex.quote(str(tiny))}")
-    log = tmp_path / "log"
-    with log.open("w") as sink:
-        server = subprocess.Popen(
-            ["bash", "-c", f"exec env {script} {SMALL} {port}"],
-            cwd=tmp_path,
-            env=env,
-            stdout=sink,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    try:
-        deadline = time.monotonic() + 240
-        while True:
-            assert server.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).close()
-                break
-            except OSError:
-                time.sleep(0.3)
-    finally:
-        if server.poll() is None:
-            os.killpg(server.pid, signal.SIGTERM)
-        server.wait(60)
+    log, here = tmp_path / "log", port()
+    with serve(["bash", "-c", f"exec env {script} {SMALL} {here}"], path, here, log):
+        pass
     assert "TurboQuant KV cache: keys 4 bits, values 4 bits" in log.read_text()

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import socket
-import subprocess
 import sys
 import time
 import urllib.request
@@ -23,12 +20,6 @@ def case(reference, decide, tiny):
     return decide(reference(tiny, KVFormat(128, 4, 4)), LENGTHS, NEW)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 class Server:
     def __init__(self, url: str, log) -> None:
         self.url, self.log = url, log
@@ -42,36 +33,17 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def server(tiny, tmp_path_factory):
-    port, log = free_port(), tmp_path_factory.mktemp("server") / "log"
+def server(tiny, tmp_path_factory, port, serve):
+    here, log = port(), tmp_path_factory.mktemp("server") / "log"
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(tiny),
-        "--host", "127.0.0.1", "--port", str(port), "--served-model-name", "tiny",
+        "--host", "127.0.0.1", "--port", str(here), "--served-model-name", "tiny",
         "--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--block-size", "16",
         "--max-num-seqs", "8", "--kv-cache-memory-bytes", str(8 << 20),
     ]  # fmt: skip
-    env = {n: v for n, v in os.environ.items() if not n.startswith(("TQ_", "TQ4_"))}
-    env |= {"TQ_PRESET": "tq4", "TQ_PREFILL": "stored", "VLLM_LOGGING_LEVEL": "INFO"}
-    with (
-        log.open("w") as sink,
-        subprocess.Popen(command, env=env, stdout=sink, stderr=subprocess.STDOUT) as process,
-    ):
-        url = f"http://127.0.0.1:{port}"
-        deadline = time.monotonic() + 240
-        while True:
-            if process.poll() is not None or time.monotonic() > deadline:
-                process.kill()
-                raise AssertionError(f"the server did not start:\n{log.read_text()[-3000:]}")
-            try:
-                urllib.request.urlopen(f"{url}/health", timeout=2).close()
-                break
-            except OSError:
-                time.sleep(0.3)
-        try:
-            yield Server(url, log)
-        finally:
-            process.terminate()
-            process.wait(60)
+    settings = {"TQ_PRESET": "tq4", "TQ_PREFILL": "stored"}
+    with serve(command, settings, here, log) as url:
+        yield Server(url, log)
 
 
 @pytest.fixture
