@@ -167,7 +167,7 @@ def test_a_backend_with_another_layout_pads_and_the_log_says_so(
 def test_stages_of_a_pipeline_hold_the_same_blocks_of_their_own_layers(
     vllm_config, monkeypatch, fine
 ) -> None:
-    """What vLLM allocates for two stages of three and four layers; its CPU workers run only one."""
+    """What vLLM allocates for two stages of three and four layers."""
     from tq_vllm.backend import FineTurboQuantBackend, TurboQuantBackend
     from vllm.v1.attention.backends.utils import (
         get_supported_kv_cache_layouts,

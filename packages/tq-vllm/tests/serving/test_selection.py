@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 import vllm
@@ -202,24 +200,3 @@ def test_the_log_tells_the_bytes_that_are_allocated(start, tiny, caplog_vllm) ->
     assert f"{sizes.token:.0f} bytes a token against {512 * 2 * 6}" in line
     assert f"({512 * 2 * 6 / sizes.token:.2f}x smaller)" in line
     assert "first 4 and last 32 tokens" in line and "are compressed too" in line
-
-
-def test_layers_of_a_pipeline_stage_go_by_their_number_in_the_model(monkeypatch) -> None:
-    """vLLM's CPU workers cannot run two stages, with its own attention either."""
-    from tq_vllm.backend import FineTurboQuantBackend
-    from tq_vllm.layers import assign_layer
-
-    monkeypatch.setenv("TQ_PRESET", "tq4")
-    monkeypatch.setenv("TQ_FINE_LAYERS", "0,-1")
-    layers = {f"model.layers.{n}.self_attn.attn": SimpleNamespace() for n in (3, 4, 5)}
-    config = SimpleNamespace(
-        compilation_config=SimpleNamespace(static_forward_context=layers),
-        model_config=SimpleNamespace(runner_type="generate", get_total_num_hidden_layers=lambda: 6),
-    )
-    for layer in layers.values():
-        layer.impl = SimpleNamespace(
-            vllm_config=config, kv_sharing_target_layer_name=None, sliding_window=None, fine=False
-        )
-        assign_layer(layer.impl, torch.float32)
-    assert [layer.impl.fine for layer in layers.values()] == [False, False, True]
-    assert layers["model.layers.5.self_attn.attn"].attn_backend is FineTurboQuantBackend
