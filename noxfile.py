@@ -251,7 +251,7 @@ def demo(session: nox.Session) -> None:
 def lint(session: nox.Session) -> None:
     """Check style, formatting, the layers between the packages, and all that is checked on commit."""
     install(session, *editable("tq-core", "tq-kernels", "tq-hf", "tq-vllm"))
-    session.install("ruff>=0.12", "import-linter>=2.3", "pre-commit>=4")
+    session.install("ruff>=0.12", "import-linter>=2.17", "pre-commit>=4")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("lint-imports")

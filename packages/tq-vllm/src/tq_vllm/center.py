@@ -9,15 +9,11 @@ head_dim], of all ranks together.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tq_core import TQError
-
-if TYPE_CHECKING:
-    from tq_vllm.impl import TurboQuantImpl
 
 __all__ = ["load_center", "rank_heads"]
 
@@ -32,7 +28,7 @@ def rank_heads(center: Tensor, kv_heads: int, rank: int, ranks: int) -> Tensor:
     return center[first : first + kv_heads]
 
 
-def load_center(path: Path, number: int, impl: TurboQuantImpl) -> Tensor:
+def load_center(path: Path, number: int, kv_heads: int, head_dim: int) -> Tensor:
     """Center of a layer, of the heads of this rank, float32 on the current device.
 
     Raises
@@ -59,11 +55,11 @@ def load_center(path: Path, number: int, impl: TurboQuantImpl) -> Tensor:
             f"TQ_KEY_CENTER={path}: {name} has shape {tuple(center.shape)} or numbers that are not "
             "finite: needs [kv_heads, head_dim]; run tq calibrate again"
         )
-    part = rank_heads(center, impl.num_kv_heads, get_tensor_model_parallel_rank(), ranks)
-    if part.shape != (impl.num_kv_heads, impl.head_size) or center.shape[0] > part.shape[0] * ranks:
+    part = rank_heads(center, kv_heads, get_tensor_model_parallel_rank(), ranks)
+    if part.shape != (kv_heads, head_dim) or center.shape[0] > part.shape[0] * ranks:
         raise TQError(
             f"TQ_KEY_CENTER={path}: {name} has shape {tuple(center.shape)}, and the layer has "
-            f"{impl.num_kv_heads} KV heads of {impl.head_size} on each of {ranks} ranks; run tq "
+            f"{kv_heads} KV heads of {head_dim} on each of {ranks} ranks; run tq "
             "calibrate for this model"
         )
     return part.to(current_platform.device_type, torch.float32).contiguous()

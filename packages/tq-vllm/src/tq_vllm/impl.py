@@ -12,11 +12,13 @@ from vllm.config import get_current_vllm_config
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
-from tq_vllm.backend import TurboQuantBackend, page_format
-from tq_vllm.layers import assign_layer
+from tq_vllm.center import load_center
+from tq_vllm.layers import choose, find_layer, keep_at_16_bits
 from tq_vllm.metadata import TurboQuantMetadata, batch_limits
+from tq_vllm.older_pages import OLDER_PAGES, answer_with_pages
 from tq_vllm.ops import Decodes, EagerOps, FusedOps, LayerShape, Prefills
-from tq_vllm.settings import load_settings
+from tq_vllm.pages import TurboQuantPages, page_format
+from tq_vllm.settings import load_settings, settings_of
 
 __all__ = ["TurboQuantImpl"]
 
@@ -53,6 +55,7 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
         self.sliding_window = sliding_window
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         self.vllm_config = get_current_vllm_config()
+        self.settings = settings_of(self.vllm_config.cache_config)
         #: Whether the layer gets more bits.
         self.fine = False
         #: What a layer that is kept at 16 bits passes to its own implementation.
@@ -71,7 +74,6 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
             **other,
         }
         self._check(alibi_slopes, attn_type, other)
-        self.stored_prefill = load_settings().prefill == "stored"
         shape = LayerShape(
             self.num_heads,
             self.num_kv_heads,
@@ -86,7 +88,7 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
     def _check(
         self, alibi_slopes: list[float] | None, attn_type: str, other: dict[str, Any]
     ) -> None:
-        backend, dtype = TurboQuantBackend, torch.get_default_dtype()
+        backend, dtype = TurboQuantPages, torch.get_default_dtype()
         allowed = ", ".join(backend.supported_kv_cache_dtypes)
         reasons = {
             "alibi slopes": alibi_slopes is not None,
@@ -114,13 +116,34 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
                 )
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
-        """Let the settings keep the layer at 16 bits or give it more bits."""
-        assign_layer(self, act_dtype)
+        """Let the settings keep the layer at 16 bits or give it more bits.
+
+        Called after the weights are loaded and before vLLM asks layers for the sizes of their pages.
+        """
+        settings, config = self.settings, self.vllm_config
+        name, layer = find_layer(config, self)
+        windowed = self.sliding_window is not None
+        choice = choose(settings, config, self.kv_sharing_target_layer_name or name, windowed)
+        if settings.key_center is not None and choice.number is not None:
+            self.ops.key_center = load_center(
+                settings.key_center, choice.number, self.num_kv_heads, self.head_size
+            )
+        if choice.skipped:
+            keep_at_16_bits(layer, self.arguments, config, act_dtype)
+            return
+        self.fine = choice.fine
+        if self.fine or settings != load_settings():
+            layer.attn_backend = layer.attn_backend.variant(settings, self.fine)
+        if OLDER_PAGES:
+            answer_with_pages(layer)
+
+    def _format(self, page_size: int) -> KVFormat:
+        return page_format(self.head_size, page_size, self.settings, self.fine)
 
     def _pages(self, kv_cache: Tensor) -> tuple[Tensor, KVFormat]:
         """View the cache [pages, heads, tokens, slot_bytes] as [pages, heads, record_bytes]."""
         pages = kv_cache.view(*kv_cache.shape[:2], -1)
-        return pages, page_format(self.head_size, kv_cache.shape[2], self.fine)
+        return pages, self._format(kv_cache.shape[2])
 
     def do_kv_cache_update(
         self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
@@ -155,8 +178,7 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
         if output_scale is not None or output_block_scale is not None:
             raise TQError("TurboQuant attention writes no quantized output; disable that fusion")
         if attn_metadata is None:  # vLLM measures the memory that is needed
-            page_size = self.vllm_config.cache_config.block_size
-            fmt = page_format(self.head_size, page_size, self.fine)
+            fmt = self._format(self.vllm_config.cache_config.block_size)
             self.ops.reserve(fmt, query.dtype, query.device)
             return output.zero_()
         batch = attn_metadata
@@ -186,7 +208,7 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
                 batch.prefill_context_lens,
             )
             # A layer that shares another's cache may be given no keys of its own.
-            if self.stored_prefill or self.kv_sharing_target_layer_name is not None:
+            if self.settings.prefill == "stored" or self.kv_sharing_target_layer_name is not None:
                 self.ops.prefill_stored(query[rows], new, output[rows])
             else:
                 self.ops.prefill(query[rows], key[rows], value[rows], new, output[rows])

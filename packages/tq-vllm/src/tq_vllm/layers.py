@@ -1,12 +1,10 @@
-"""Layers that the settings single out.
-
-Those kept at 16 bits get vLLM's own backend, those with more bits a backend of larger pages.
-"""
+"""Layers that the settings single out: named by number, or because they have a window."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from tq_core import TQError
@@ -16,23 +14,52 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.selector import AttentionSelectorConfig
 
-from tq_vllm.backend import FineTurboQuantBackend
-from tq_vllm.center import load_center
-from tq_vllm.older_pages import OLDER_PAGES, answer_with_pages
-from tq_vllm.settings import load_settings, named_layers
+from tq_vllm.settings import Settings, named_layers
 
-if TYPE_CHECKING:
-    from tq_vllm.impl import TurboQuantImpl
-
-__all__ = ["assign_layer"]
+__all__ = ["Choice", "choose", "find_layer", "keep_at_16_bits"]
 
 
-def _own_layer(impl: TurboQuantImpl) -> tuple[str, Any]:
+@dataclass(frozen=True)
+class Choice:
+    """What the settings say of a layer.
+
+    Attributes
+    ----------
+    number : int, optional
+        Of the layer in the served model, where settings mean it at all.
+    skipped, fine : bool
+        Whether it is kept at 16 bits, and whether it gets more bits.
+    """
+
+    number: int | None = None
+    skipped: bool = False
+    fine: bool = False
+
+
+def find_layer(vllm_config: Any, impl: object) -> tuple[str, Any]:
     """Name and module of the layer that an implementation belongs to."""
-    for name, layer in impl.vllm_config.compilation_config.static_forward_context.items():
+    for name, layer in vllm_config.compilation_config.static_forward_context.items():
         if getattr(layer, "impl", None) is impl:
             return name, layer
     raise TQError("no layer of the model has this attention implementation; report this as a bug")
+
+
+def choose(settings: Settings, vllm_config: Any, layer: str, windowed: bool) -> Choice:
+    """Look a layer up; settings that name layers mean those of the served model, no draft's."""
+    model = vllm_config.model_config
+    nothing = not settings.singles_out_layers and settings.key_center is None
+    if nothing or getattr(model, "runner_type", None) == "draft":
+        return Choice()
+    number, total = extract_layer_index(layer), model.get_total_num_hidden_layers()
+    if number >= total:
+        return Choice()
+
+    def named(text: str) -> bool:
+        numbers, sliding = named_layers(text, total)
+        return number in numbers or (sliding and windowed)
+
+    skipped = named(settings.skip_layers)
+    return Choice(number, skipped, not skipped and named(settings.fine_layer_names))
 
 
 @cache
@@ -58,52 +85,27 @@ def _backend_of_vllm(head_size: int, dtype: torch.dtype, sink: bool, sliding: bo
     return found
 
 
-def assign_layer(impl: TurboQuantImpl, act_dtype: torch.dtype) -> None:
-    """Give the layer of ``impl`` the backend that the settings name for it.
+def keep_at_16_bits(
+    layer: Any, arguments: dict[str, Any], vllm_config: Any, act_dtype: torch.dtype
+) -> None:
+    """Give a layer vLLM's own backend.
 
-    Called after the weights are loaded and before vLLM asks layers for the sizes of their pages.
-    Settings that name layers mean those of the served model, not of a draft model.
+    Parameters
+    ----------
+    layer : module
+        Of vLLM.
+    arguments : dict
+        For the implementation of attention.
+    vllm_config : VllmConfig
+    act_dtype : torch.dtype
+        Of the model's activations.
     """
-    settings, model = load_settings(), impl.vllm_config.model_config
-    chosen = settings.singles_out_layers or settings.key_center is not None
-    if not chosen and not OLDER_PAGES:
-        return
-    name, layer = _own_layer(impl)
-    if chosen and getattr(model, "runner_type", None) != "draft":
-        number = extract_layer_index(impl.kv_sharing_target_layer_name or name)
-        total = model.get_total_num_hidden_layers()
-        if number < total and _single_out(impl, layer, number, total, act_dtype):
-            return
-    if OLDER_PAGES:
-        answer_with_pages(layer)
-
-
-def _single_out(
-    impl: TurboQuantImpl, layer: Any, number: int, total: int, act_dtype: torch.dtype
-) -> bool:
-    """Apply the settings to a layer of the served model; whether it is kept at 16 bits."""
-    settings = load_settings()
-    if settings.key_center is not None:
-        impl.ops.key_center = load_center(settings.key_center, number, impl)
-
-    def named(text: str) -> bool:
-        numbers, sliding = named_layers(text, total)
-        return number in numbers or (sliding and impl.sliding_window is not None)
-
-    if named(settings.skip_layers):
-        _keep_at_16_bits(impl, layer, act_dtype)
-        return True
-    if named(settings.fine_layer_names):
-        impl.fine, layer.attn_backend = True, FineTurboQuantBackend
-    return False
-
-
-def _keep_at_16_bits(impl: TurboQuantImpl, layer: Any, act_dtype: torch.dtype) -> None:
-    sinks, windowed = impl.ops.sinks is not None, impl.sliding_window is not None
-    with set_current_vllm_config(impl.vllm_config):
-        backend = _backend_of_vllm(impl.head_size, act_dtype, sinks, windowed)
-        own = backend.get_impl_cls()(**impl.arguments)
+    sinks, windowed = "sinks" in arguments, arguments["sliding_window"] is not None
+    with set_current_vllm_config(vllm_config):
+        backend = _backend_of_vllm(arguments["head_size"], act_dtype, sinks, windowed)
+        own = backend.get_impl_cls()(**arguments | {"kv_cache_dtype": "auto"})
     own.process_weights_after_loading(act_dtype)
     layer.attn_backend = backend
     layer.impl = own
     layer.backend = AttentionBackendEnum[backend.get_name()]
+    layer.kv_cache_dtype, layer.kv_cache_torch_dtype = "auto", vllm_config.model_config.dtype

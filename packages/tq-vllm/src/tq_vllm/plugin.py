@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from tq_core import TQError
-
 from tq_vllm.settings import asked_for, load_settings
-from tq_vllm.versions import check_vllm_version
+from tq_vllm.versions import check_vllm_version, supports_vllm
 
 __all__ = ["BACKEND", "register"]
 
@@ -27,17 +25,22 @@ def register() -> None:
     """
     asked = asked_for()
     try:
-        check_vllm_version()
         from vllm.platforms import current_platform
         from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
-    except (ImportError, TQError):
+    except ImportError:
         if asked:
+            check_vllm_version()
             raise
         return
     if asked:
+        check_vllm_version()
         settings = load_settings()
         if current_platform.is_cpu() and settings.cpu:
             register_backend(AttentionBackendEnum.CPU_ATTN, BACKEND)
     custom = AttentionBackendEnum.CUSTOM
     if asked or not custom.is_overridden():
-        register_backend(custom, BACKEND)
+        register_backend(custom, BACKEND)  # which checks the version when it is loaded
+    if supports_vllm():
+        from tq_vllm.dtypes import register_dtypes
+
+        register_dtypes()

@@ -9,7 +9,8 @@ from vllm.config import get_layers_from_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 
-from tq_vllm.settings import Settings, load_settings
+from tq_vllm.pages import TurboQuantPages
+from tq_vllm.settings import Settings, settings_of
 
 __all__ = ["CacheBytes", "cache_bytes", "report_cache", "warn_of_padding"]
 
@@ -47,8 +48,6 @@ class CacheBytes:
 
 def cache_bytes(vllm_config: Any) -> CacheBytes:
     """Sum the page sizes of the specifications that vLLM allocates by."""
-    from tq_vllm.backend import TurboQuantBackend
-
     token = plain = 0.0
     slots, layers, compressed = set(), 0, 0
     for layer in get_layers_from_vllm_config(vllm_config, Attention).values():
@@ -62,7 +61,7 @@ def cache_bytes(vllm_config: Any) -> CacheBytes:
         layers += 1
         token += spec.page_size_bytes / spec.block_size
         plain += layer.num_kv_heads * 2 * layer.head_size * 2
-        if issubclass(layer.attn_backend, TurboQuantBackend):
+        if issubclass(layer.attn_backend, TurboQuantPages):
             compressed += 1
             slots.add(spec.page_size_bytes // (spec.block_size * layer.num_kv_heads))
     return CacheBytes(token, plain, tuple(sorted(slots)), layers, compressed)
@@ -81,7 +80,7 @@ def _left_out(settings: Settings) -> str:
 
 def report_cache(vllm_config: Any) -> None:
     """Log the format and its bytes once a process."""
-    settings, sizes = load_settings(), cache_bytes(vllm_config)
+    settings, sizes = settings_of(vllm_config.cache_config), cache_bytes(vllm_config)
     logger.info_once(
         "TurboQuant KV cache: keys %d bits, values %d bits, prefill %s, scale %s; %d of %d layers "
         "compressed, %s bytes a token and KV head; %.0f bytes a token against %.0f at 16 bits "

@@ -48,6 +48,7 @@ __all__ = [
     "asked_for",
     "load_settings",
     "named_layers",
+    "settings_of",
 ]
 
 Bits = Literal[2, 3, 4, 8]
@@ -149,7 +150,9 @@ class Settings(BaseSettings):
     @property
     def singles_out_layers(self) -> bool:
         """Whether some layers are kept at 16 bits or get more bits."""
-        return (self.skip_layers, self.fine_layer_names) != ("none", "none")
+        return any(
+            _parse_layers(t) != ([], False) for t in (self.skip_layers, self.fine_layer_names)
+        )
 
 
 def _names() -> list[str]:
@@ -207,6 +210,31 @@ def load_settings() -> Settings:
         For an unknown ``TQ_`` variable or an invalid value; names the variable.
     """
     return _load(tuple(sorted((name, os.environ[name]) for name in _given(os.environ))))
+
+
+def settings_of(cache_config: Any) -> Settings:
+    """Settings of an engine: those of the environment, or the preset of its ``--kv-cache-dtype``.
+
+    ``--kv-cache-dtype-skip-layers`` adds to ``TQ_SKIP_LAYERS`` then.
+
+    Raises
+    ------
+    TQError
+        As `load_settings`, and if both name a preset and they differ.
+    """
+    from tq_kernels.presets import PRESETS
+
+    settings, name = load_settings(), cache_config.cache_dtype
+    if name not in PRESETS:
+        return settings
+    if "preset" in settings.model_fields_set and settings.preset != name:
+        raise TQError(f"--kv-cache-dtype {name} and TQ_PRESET={settings.preset} differ: drop one")
+    skipped = ",".join([settings.skip_layers, *cache_config.kv_cache_dtype_skip_layers])
+    try:
+        _parse_layers(skipped)
+    except ValueError as error:
+        raise TQError(f"--kv-cache-dtype-skip-layers: {error}") from None
+    return settings.model_copy(update={"preset": name, "skip_layers": skipped})
 
 
 def _parse_layers(text: str) -> tuple[list[tuple[int, int]], bool]:

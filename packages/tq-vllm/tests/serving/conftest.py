@@ -302,14 +302,11 @@ def decide():
 
 
 @pytest.fixture
-def caplog_vllm(caplog):
-    """The log of the plugin, which vLLM's configuration keeps from pytest."""
+def caplog_vllm(caplog, monkeypatch):
+    """The log of the plugin; an engine that starts takes level and handlers off its logger."""
     import logging
 
     logger = logging.getLogger("vllm.plugins.turboquant")
-    logger.addHandler(caplog.handler)
-    level = logger.level
-    logger.setLevel(logging.INFO)
-    yield caplog
-    logger.setLevel(level)
-    logger.removeHandler(caplog.handler)
+    monkeypatch.setattr(logger, "isEnabledFor", lambda level: True)
+    monkeypatch.setattr(logger, "handle", caplog.handler.handle)
+    return caplog

@@ -7,7 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tq_kernels import KVFormat
-from tq_vllm import backend, older_pages
+from tq_vllm import older_pages, pages
+from tq_vllm.backend import TurboQuantBackend
+from tq_vllm.settings import load_settings
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
 
@@ -28,8 +30,9 @@ def test_a_page_is_exactly_a_page_of_codes(dim, bits) -> None:
 
 def test_a_layer_answers_with_pages_of_its_backend(monkeypatch) -> None:
     plain = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=128, dtype=torch.bfloat16)
-    monkeypatch.setattr(backend, "OLDER_PAGES", True)
-    for kind, slot in ((backend.TurboQuantBackend, 132), (backend.FineTurboQuantBackend, 196)):
+    monkeypatch.setattr(pages, "OLDER_PAGES", True)
+    fine_pages = TurboQuantBackend.variant(load_settings(), True)
+    for kind, slot in ((TurboQuantBackend, 132), (fine_pages, 196)):
         layer = SimpleNamespace(attn_backend=kind, get_kv_cache_spec=lambda config: plain)
         older_pages.answer_with_pages(layer)
         spec = layer.get_kv_cache_spec(None)

@@ -32,7 +32,8 @@ class Layers:
 
     def specs(self):
         """Specifications by name, as the layers of a worker report them."""
-        from tq_vllm.backend import FineTurboQuantBackend, TurboQuantBackend
+        from tq_vllm.backend import TurboQuantBackend
+        from tq_vllm.settings import load_settings
         from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, SlidingWindowSpec
 
         common = {
@@ -43,7 +44,7 @@ class Layers:
         }
         found = {}
         for n in range(self.full):
-            backend = FineTurboQuantBackend if n < self.fine else TurboQuantBackend
+            backend = TurboQuantBackend.variant(load_settings(), n < self.fine)
             found[f"full.{n}"] = backend.customize_spec(FullAttentionSpec(**common))
         for n in range(self.sliding):
             spec = SlidingWindowSpec(**common, sliding_window=WINDOW)
@@ -108,11 +109,12 @@ CASES = {
 def test_pages_of_different_sizes_are_packed_not_padded(
     vllm_config, monkeypatch, layers, settings
 ) -> None:
-    from tq_vllm.backend import FineTurboQuantBackend, TurboQuantBackend
+    from tq_vllm.backend import TurboQuantBackend
+    from tq_vllm.settings import load_settings
 
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
-    backends = [TurboQuantBackend, FineTurboQuantBackend, AnyLayout]
+    backends = [TurboQuantBackend, TurboQuantBackend.variant(load_settings(), True), AnyLayout]
     config = resolved(vllm_config, layers, backends)
     assert vllm_config.cache_config.kv_cache_layout == "BLHNC"
     block = BLOCKS * 2**20 // config.num_blocks
@@ -168,7 +170,8 @@ def test_stages_of_a_pipeline_hold_the_same_blocks_of_their_own_layers(
     vllm_config, monkeypatch, fine
 ) -> None:
     """What vLLM allocates for two stages of three and four layers."""
-    from tq_vllm.backend import FineTurboQuantBackend, TurboQuantBackend
+    from tq_vllm.backend import TurboQuantBackend
+    from tq_vllm.settings import load_settings
     from vllm.v1.attention.backends.utils import (
         get_supported_kv_cache_layouts,
         resolve_kv_cache_layout,
@@ -180,7 +183,7 @@ def test_stages_of_a_pipeline_hold_the_same_blocks_of_their_own_layers(
     if fine != "none":  # the last layer too, which is in the other stage
         specs["full.6"] = Layers(1, fine=1).specs()["full.0"]
     stages = [{f"full.{n}": specs[f"full.{n}"] for n in part} for part in ((0, 1, 2), (3, 4, 5, 6))]
-    backends = [TurboQuantBackend, FineTurboQuantBackend]
+    backends = [TurboQuantBackend, TurboQuantBackend.variant(load_settings(), True)]
     names = [layout.name for layout in get_supported_kv_cache_layouts(backends)]
     vllm_config.cache_config.kv_cache_layout = None
     resolve_kv_cache_layout(vllm_config, [names, names], specs.values())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 import vllm
@@ -44,6 +46,19 @@ def test_another_plugins_custom_backend_is_left_alone_unless_asked(registry, mon
     monkeypatch.setenv("TQ_K_BITS", "4")
     register()
     assert custom.get_path() == cpu.get_path() == BACKEND
+
+
+def test_asking_for_it_in_an_unsupported_version_tells_the_range(registry, monkeypatch) -> None:
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+
+    monkeypatch.setattr("tq_vllm.versions.FIRST", "0.99")
+    monkeypatch.delitem(sys.modules, BACKEND.rpartition(".")[0], raising=False)
+    register()
+    with pytest.raises(TQError, match=f"vllm {vllm.__version__}: .*>= 0.99, < 0.34"):
+        resolve_obj_by_qualname(registry[1].get_path())  # as the selection of a backend does
+    monkeypatch.setenv("TQ_PRESET", "tq4")
+    with pytest.raises(TQError, match=">= 0.99"):
+        register()
 
 
 def test_wrong_settings_stop_the_start(registry, monkeypatch) -> None:

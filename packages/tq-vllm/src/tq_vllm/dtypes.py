@@ -1,0 +1,40 @@
+"""Presets as values of ``--kv-cache-dtype``, which vLLM takes from plugins since 0.33."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from tq_kernels.presets import PRESETS
+
+__all__ = ["PageDtype", "register_dtypes"]
+
+
+@dataclass(frozen=True)
+class PageDtype:
+    """What vLLM asks about a preset; it calls names of kinds of caches dtypes."""
+
+    name: str
+
+    def torch_dtype(self) -> torch.dtype:
+        """Pages are bytes."""
+        return torch.uint8
+
+    def quant_mode(self) -> Any:
+        """None of the kernels of vLLM's backends."""
+        from vllm.v1.kv_cache_interface import KVQuantMode
+
+        return KVQuantMode.CUSTOM
+
+
+def register_dtypes() -> None:
+    """Offer the presets to vLLM; may be called any number of times."""
+    from vllm.config import cache
+
+    if not hasattr(cache, "register_kv_cache_dtype"):
+        return
+    for name in PRESETS:
+        if not cache.is_known_kv_cache_dtype(name):
+            cache.register_kv_cache_dtype(name)(partial(PageDtype, name))
