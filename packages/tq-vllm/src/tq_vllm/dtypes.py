@@ -23,10 +23,10 @@ class PageDtype:
         return torch.uint8
 
     def quant_mode(self) -> Any:
-        """None of the kernels of vLLM's backends."""
+        """None: for layers kept at 16 bits vLLM's backends take all others for 8-bit floats."""
         from vllm.v1.kv_cache_interface import KVQuantMode
 
-        return KVQuantMode.CUSTOM
+        return KVQuantMode.NONE
 
 
 def register_dtypes() -> None:

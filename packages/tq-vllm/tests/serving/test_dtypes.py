@@ -58,7 +58,8 @@ def registered(monkeypatch) -> dict[str, PageDtype]:
 def test_names_are_those_of_the_presets(registered) -> None:
     register_dtypes()  # as plugins may be loaded more than once
     assert set(registered) == set(PRESETS)
-    assert {dtype.torch_dtype() for dtype in registered.values()} == {torch.uint8}
+    known = {(dtype.torch_dtype(), dtype.quant_mode().name) for dtype in registered.values()}
+    assert known == {(torch.uint8, "NONE")}
 
 
 def test_a_version_without_such_names_is_left_alone() -> None:
