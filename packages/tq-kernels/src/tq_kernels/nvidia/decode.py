@@ -52,8 +52,10 @@ SPILLS = {
 }
 #: Fewest tiles of 64 tokens that a program attends.
 LEAST_TILES = 1
-#: Query rows that one combining program merges, if each has fewer than MANY_PARTS parts.
+#: Query rows that one combining program merges, if there are more than FEW_ROWS and each has fewer
+#: than MANY_PARTS parts.
 MERGED_ROWS = 16
+FEW_ROWS = 64
 MANY_PARTS = 16
 
 
@@ -180,7 +182,7 @@ class NvidiaDecodePlan:
         self.spec = spec
         fmt, device = spec.fmt, spec.device
         self.blocks, self.chunks = _layout(spec)
-        # Programmatic dependent launch hides the gaps between the three kernels.
+        # Programmatic dependent launch hides the gaps between kernels, the one before included.
         self._overlap = torch.cuda.get_device_capability(device) >= (9, 0)
         sms = torch.cuda.get_device_properties(device).multi_processor_count
         warps = _warps_per_sm(fmt, self.blocks)
@@ -243,31 +245,33 @@ class NvidiaDecodePlan:
         dim, window = spec.fmt.head_dim, spec.sliding_window or 0
         center = q if key_center is None else key_center
         after = {"launch_pdl": True} if self._overlap else {}
+        # No more programs than the table has room for tiles.
+        tiles = pairs * triton.cdiv(block_table.shape[1] * spec.fmt.page_size, 64)
+        programs = min(self.programs, max(1, tiles))
         if not self._rotates:
             prepare_queries[(triton.cdiv(rows, MERGED_ROWS),)](
                 q, self._forward, cu, center, self._q_digits, self._q_affine,
                 self._logit_scale, spec.scale * LOG2E, self._k_center,
                 spec.group, spec.kv_heads, self.chunks, pairs, q.stride(0), q.stride(1),
                 D=dim, NB=self.blocks, ROWS=MERGED_ROWS, CENTER=key_center is not None,
-                PRECISION=self._precision, PDL=self._overlap, num_warps=4,
+                PRECISION=self._precision, PDL=self._overlap, num_warps=4, **after,
             )  # fmt: skip
-        decode_partials[(self.programs,)](
+        decode_partials[(programs,)](
             q, self._signs, center, pages, block_table, seq_lens, cu,
             self._q_digits, self._q_affine, self._partial_out, self._partial_stats,
             *self._k_table, *self._v_table, 1, self._k_center, self._v_center, self._v_step,
             self._logit_scale, spec.scale * LOG2E, spec.soft_cap or 0.0, window, spec.fmt.rounds,
-            batch, spec.kv_heads, self.chunks, spec.group, self.programs, LEAST_TILES,
+            batch, spec.kv_heads, self.chunks, spec.group, programs, LEAST_TILES,
             q.stride(0), q.stride(1), pages.stride(0), pages.stride(1), block_table.stride(0),
             **partials_constants(spec, self.blocks, batch_block),
             CENTER=key_center is not None and self._rotates,
-            PDL=self._overlap, num_warps=1, maxnreg=self._registers,
-            **({} if self._rotates else after),
+            PDL=self._overlap, num_warps=1, maxnreg=self._registers, **after,
         )  # fmt: skip
-        one_row = self.programs >= MANY_PARTS * pairs
+        one_row = rows <= FEW_ROWS or programs >= MANY_PARTS * pairs
         combine_partials[(rows if one_row else triton.cdiv(rows, MERGED_ROWS),)](
             self._partial_out, self._partial_stats, seq_lens, cu, self._inverse,
             lse if sinks is None else sinks, out, lse, self._inverse_scale,
-            batch, spec.group, spec.kv_heads, self.chunks, self.programs, LEAST_TILES,
+            batch, spec.group, spec.kv_heads, self.chunks, programs, LEAST_TILES,
             pairs, window,
             out.stride(0), out.stride(1), lse.stride(0),
             D=dim, NB=self.blocks, ROWS=1 if one_row else MERGED_ROWS,

@@ -36,6 +36,7 @@ from tq_kernels.nvidia.ptx import pv_tile, qk_tile
 from tq_kernels.nvidia.query_digits import query_digits
 from tq_kernels.nvidia.rows_kernel import tiles_of
 from tq_kernels.nvidia.tile_loads import (
+    fetch_values,
     first_key,
     key_offset,
     load_tile_keys,
@@ -237,7 +238,7 @@ def _attend(
 
 # With ``one`` = 1 known to the compiler, a product and a sum would become a plain sum.
 @triton.jit(
-    do_not_specialize=["one", "batch", "block_table_stride"],
+    do_not_specialize=["one", "batch", "programs", "block_table_stride"],
     do_not_specialize_on_alignment=["block_table", "seq_lens", "cu_query_lens"],
 )
 def decode_partials(
@@ -305,6 +306,8 @@ def decode_partials(
     lane = tl.arange(0, 32)
     lane_g = lane // 4
     lane_t = lane % 4
+    if PDL and ROTATE:
+        gdc_wait()
 
     sequences = tl.arange(0, BATCH_BLOCK)
     known = sequences < batch
@@ -349,6 +352,9 @@ def decode_partials(
             D,
             PAGE,
             SPREAD,
+        )
+        fetch_values(
+            head, table, first, last_page, lane_g, lane_t, page_stride, K_BITS, V_BITS, D, PAGE
         )
         if PDL and not ROTATE:
             # Only queries come from the kernel before; a first tile is on its way already.

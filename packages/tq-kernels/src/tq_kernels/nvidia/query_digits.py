@@ -105,6 +105,8 @@ def query_digits(
     digit = (lane // 4) % 2
     dims = t * (D // 4) + digit * COUNT
     row = q + token.to(tl.int64) * q_token_stride + head.to(tl.int64) * q_head_stride
+    sign_bits = signs + t * 2 + digit
+    bits = tl.load(sign_bits)  # not only when the row is there
     x = _load_row(q, row + dims, valid, COUNT)
     top = tl.full([32], 1e-30, tl.float32)
     for i in tl.static_range(COUNT):
@@ -121,7 +123,8 @@ def query_digits(
         scaled = scaled + (x[i] / unit,)
     x = scaled
     for n in range(rounds):
-        x = _hadamard_round(x, tl.load(signs + n * 8 + t * 2 + digit), lane, COUNT)
+        x = _hadamard_round(x, bits, lane, COUNT)
+        bits = tl.load(sign_bits + tl.minimum(n + 1, rounds - 1) * 8)
     peak = tl.full([32], 1e-30, tl.float32)
     for i in tl.static_range(COUNT):
         peak = tl.maximum(peak, tl.abs(x[i]))

@@ -78,6 +78,8 @@ def prepare_queries(
     the logit of the key centre, and one number that is not used.
     """
     if PDL:
+        # In this order: what the next kernel loads before it waits may be new as well.
+        gdc_wait()
         gdc_launch_dependents()
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     dims = tl.arange(0, D)
@@ -114,7 +116,7 @@ def prepare_queries(
 
 
 @triton.jit(
-    do_not_specialize=["batch", "pairs"],
+    do_not_specialize=["batch", "pairs", "programs"],
     do_not_specialize_on_alignment=["seq_lens", "cu_query_lens", "lse"],
 )
 def combine_partials(

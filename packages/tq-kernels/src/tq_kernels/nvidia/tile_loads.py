@@ -21,6 +21,7 @@ import triton.language as tl
 from tq_kernels.nvidia.lanes import load, pick_bytes, shuffle
 
 __all__ = [
+    "fetch_values",
     "first_key",
     "key_offset",
     "load_tile_keys",
@@ -124,6 +125,19 @@ def _two_halves(address):
 
 
 @triton.jit
+def _fetch(address):
+    """Ask the L2 cache for the line at each lane's address."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+        "=r,l",
+        [address],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
 def _load_scales(records, token, SPREAD: tl.constexpr, PAGE: tl.constexpr):
     """Scales of the 8 tokens that a lane scores, two a word, from the addresses of the scales."""
     if SPREAD == 1:
@@ -207,6 +221,29 @@ def load_tile_values(
     records = _key_records(pages, block_table, token, last_page, page_stride, SPREAD, PAGE)
     behind = PAGE * D * (K_BITS + V_BITS) // 8 + PAGE * 2
     return values, _load_scales((records[0] + behind, records[1] + behind), token, SPREAD, PAGE)
+
+
+@triton.jit
+def fetch_values(
+    pages,
+    block_table,
+    tile,
+    last_page,
+    lane_g,
+    lane_t,
+    page_stride,
+    K_BITS: tl.constexpr,
+    V_BITS: tl.constexpr,
+    D: tl.constexpr,
+    PAGE: tl.constexpr,
+):
+    """Ask the L2 cache for the values that `load_tile_values` will load."""
+    token = tile * 64 + lane_t * 16
+    record = _record(pages, block_table, token, last_page, page_stride, PAGE)
+    QUAD: tl.constexpr = D * (2 if V_BITS == 3 else V_BITS) // 2  # of 3 bits, the larger plane
+    start = record + PAGE * D * K_BITS // 8 + token % PAGE // 4 * QUAD
+    for i in tl.static_range((4 * QUAD + 1023) // 1024):
+        _fetch(start + tl.minimum(lane_g * 128 + i * 1024, 4 * QUAD - 1))
 
 
 @triton.jit
