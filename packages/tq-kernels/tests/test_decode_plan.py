@@ -193,7 +193,8 @@ def test_plans_warm_up_on_empty_sequences(max_query_len):
     plan.run = lambda *args, **options: (seen.append((args, options)), run(*args, **options))
     sinks = torch.zeros(4, device=DEVICE)
     plan.warm_up(sinks=sinks)
-    assert [len(args[0]) for args, _ in seen] == [1, 2, 3]
+    assert [len(args[0]) for args, _ in seen] == [1, 1, 2, 2, 3, 3]
+    assert {args[2].shape[1] for args, _ in seen} == {1, 1024}
     for args, options in seen:
         assert options["sinks"] is sinks
         assert (options["cu_query_lens"] is None) == (max_query_len == 1)

@@ -172,7 +172,7 @@ def test_plans_warm_up_on_every_path():
     plan.warm_up(sinks=SINKS.to(DEVICE))
     new = [(1, 1, True), (17, 17, True), (1, 1, True)]
     assert calls == [*new, (17, 17, True), (17, 1, False), (17, 17, True), (17, 8, False),
-                     (17, 8, False), (17, 1, False)]  # fmt: skip
+                     (17, 8, False), (17, 1, False), (40, 40, True), (40, 1, False)]  # fmt: skip
 
 
 def test_given_dense_attention_is_not_asked_for_what_it_lacks():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -155,15 +156,16 @@ class DecodePlan:
         pages = torch.zeros(
             1, spec.kv_heads, spec.fmt.record_bytes, dtype=torch.uint8, device=device
         )
-        for batch in sorted(sizes):
+        # Programs of a table of one page are fewer than those of a wide one.
+        for batch, width in product(sorted(sizes), (1, 1024)):
             q = torch.zeros(batch, spec.heads, spec.fmt.head_dim, dtype=spec.dtype, device=device)
-            lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+            table = torch.zeros(batch, width, dtype=torch.int32, device=device)
             one_each = torch.arange(batch + 1, dtype=torch.int32, device=device)
             self.run(
                 q,
                 pages,
-                lengths[:, None],
-                lengths,
+                table,
+                table[:, 0].contiguous(),
                 torch.empty_like(q),
                 torch.empty(batch, spec.heads, device=device),
                 cu_query_lens=None if spec.max_query_len == 1 else one_each,

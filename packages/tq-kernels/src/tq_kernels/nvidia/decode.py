@@ -59,6 +59,12 @@ FEW_ROWS = 64
 MANY_PARTS = 16
 
 
+def _of_device(device: torch.device) -> tuple[tuple[int, int], int]:
+    """Compute capability and number of multiprocessors."""
+    count = torch.cuda.get_device_properties(device).multi_processor_count
+    return torch.cuda.get_device_capability(device), count
+
+
 def unsupported(spec: AttentionSpec) -> str | None:
     """Why the kernel does not cover a plan, or None if it does."""
     if spec.device.type != "cuda" or torch.version.hip:
@@ -183,8 +189,8 @@ class NvidiaDecodePlan:
         fmt, device = spec.fmt, spec.device
         self.blocks, self.chunks = _layout(spec)
         # Programmatic dependent launch hides the gaps between kernels, the one before included.
-        self._overlap = torch.cuda.get_device_capability(device) >= (9, 0)
-        sms = torch.cuda.get_device_properties(device).multi_processor_count
+        capability, sms = _of_device(device)
+        self._overlap = capability >= (9, 0)
         warps = _warps_per_sm(fmt, self.blocks)
         self.programs, self._registers = sms * warps, REGISTERS[warps]
         keys, values = codebook_of(fmt, "k"), codebook_of(fmt, "v")

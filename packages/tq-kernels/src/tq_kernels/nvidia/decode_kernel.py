@@ -2,9 +2,8 @@
 """Split-KV decode on packed codes, one warp a program, codes straight into int8 tensor cores.
 
 A pair is a sequence and a KV head, or one of ``chunks`` parts of its query rows where these are more
-than a program takes. A program walks a contiguous range of 64-token tiles of the flattened list of
-all pairs, so every program has the same amount of work whatever the lengths are, and leaves one
-partial result for each pair it touched. Within a warp, with lane
+than a program takes. A program walks its tiles (`tq_kernels.nvidia.work`) and leaves one partial
+result for each pair it touched. Within a warp, with lane
 ``4 g + t`` (``g`` 0-7, ``t`` 0-3) and the m16n8k32 fragments of PTX:
 
 - scores are computed transposed, ``K Qᵀ``: rows are tokens, the 8 columns are four query
@@ -34,7 +33,6 @@ from tq_kernels.nvidia.lanes import (
 )
 from tq_kernels.nvidia.ptx import pv_tile, qk_tile
 from tq_kernels.nvidia.query_digits import query_digits
-from tq_kernels.nvidia.rows_kernel import tiles_of
 from tq_kernels.nvidia.tile_loads import (
     fetch_values,
     first_key,
@@ -43,11 +41,9 @@ from tq_kernels.nvidia.tile_loads import (
     load_tile_values,
     to_value_lanes,
 )
+from tq_kernels.nvidia.work import pair_at, range_of_program
 
-__all__ = ["TILE", "decode_partials"]
-
-#: Tokens a tile.
-TILE = tl.constexpr(64)
+__all__ = ["decode_partials"]
 
 
 @triton.jit
@@ -236,6 +232,13 @@ def _attend(
     return new_state
 
 
+@triton.jit
+def _prepared(q_digits, block, lane_g, lane_t, D: tl.constexpr):
+    """Words of four rows of queries that `prepare_queries` wrote."""
+    start = block.to(tl.int64) * 8 * D
+    return load(q_digits.to(tl.int64) + start + lane_g * D + lane_t * (D // 4), D // 16, True)
+
+
 # With ``one`` = 1 known to the compiler, a product and a sum would become a plain sum.
 @triton.jit(
     do_not_specialize=["one", "batch", "programs", "block_table_stride"],
@@ -309,31 +312,15 @@ def decode_partials(
     if PDL and ROTATE:
         gdc_wait()
 
-    sequences = tl.arange(0, BATCH_BLOCK)
-    known = sequences < batch
-    lengths = tl.load(seq_lens + sequences, mask=known, other=0)
-    query_starts = tl.load(cu_query_lens + sequences, mask=known, other=0)
-    query_ends = tl.load(cu_query_lens + sequences + 1, mask=known, other=0)
-    _skipped, tile_counts = tiles_of(lengths, query_ends - query_starts, window, WINDOW)
     heads_of = kv_heads * chunks
-    tile_counts = tile_counts * heads_of
-    ends = tl.cumsum(tile_counts, 0)
-    total = tl.sum(tile_counts, 0)
-    per_program = tl.maximum((total + programs - 1) // programs, least)
-    position = program * per_program
-    stop = tl.minimum(position + per_program, total)
+    position, stop, entries, ends = range_of_program(
+        seq_lens, cu_query_lens, batch, heads_of, programs, least, window, BATCH_BLOCK, WINDOW
+    )
     while position < stop:
-        sequence = tl.sum((ends <= position).to(tl.int32), 0)
-        before = tl.sum(tl.where(sequences < sequence, tile_counts, 0), 0)
-        length = tl.load(seq_lens + sequence)
-        query_start = tl.load(cu_query_lens + sequence)
-        query_len = tl.load(cu_query_lens + sequence + 1) - query_start
-        skipped, tiles = tiles_of(length, query_len, window, WINDOW)
-        inside = (position - before) % tiles
-        head_chunk = (position - before) // tiles
+        sequence, length, query_start, query_len, head_chunk, first, count = pair_at(
+            position, stop, entries, ends, seq_lens, cu_query_lens, window, BATCH_BLOCK, WINDOW
+        )
         kv_head = head_chunk // chunks
-        count = tl.minimum(tiles - inside, stop - position)
-        first = skipped + inside
         pair = sequence * heads_of + head_chunk
         table = block_table + sequence.to(tl.int64) * block_table_stride
         last_page = tl.maximum(length - 1, 0) // PAGE
@@ -390,11 +377,11 @@ def decode_partials(
                 query = query + words
                 affine = affine + numbers
             else:
-                block = (pair * NB + n).to(tl.int64)
-                address = q_digits.to(tl.int64) + (block * 8 + lane_g) * D + lane_t * (D // 4)
-                query = query + load(address, D // 16)
+                if NB < 4:
+                    query = query + _prepared(q_digits, pair * NB + n, lane_g, lane_t, D)
                 for part in tl.static_range(3):
-                    affine = affine + (tl.load(q_affine + (block * 4 + lane_t) * 4 + part),)
+                    at = ((pair * NB + n) * 4 + lane_t).to(tl.int64) * 4 + part
+                    affine = affine + (tl.load(q_affine + at),)
             row = first_row + lane_t
             limit = tl.minimum(length - query_len + row // group + 1, length)
             limits = limits + (limit,)
@@ -420,12 +407,17 @@ def decode_partials(
                 PAGE,
                 SPREAD,
             )
+            words = query
+            if NB == 4:
+                # Held from tile to tile they would push other registers into memory.
+                for n in tl.static_range(NB):
+                    words = words + _prepared(q_digits, pair * NB + n, lane_g, lane_t, D)
             state = _attend(
                 keys,
                 values,
                 k_scales,
                 v_scales,
-                query,
+                words,
                 affine,
                 limits,
                 starts,

@@ -77,10 +77,13 @@ def sum_over_lanes(x, distance: tl.constexpr):
 
 
 @triton.jit
-def load(address, COUNT: tl.constexpr):
-    """``COUNT`` consecutive words at each lane's byte address, as a tuple."""
-    asm: tl.constexpr = load_words(COUNT)[0]
-    constraints: tl.constexpr = load_words(COUNT)[1]
+def load(address, COUNT: tl.constexpr, AGAIN: tl.constexpr = False):
+    """``COUNT`` consecutive words at each lane's byte address, as a tuple.
+
+    ``AGAIN``: the same words will be loaded again.
+    """
+    asm: tl.constexpr = load_words(COUNT, AGAIN)[0]
+    constraints: tl.constexpr = load_words(COUNT, AGAIN)[1]
     return tl.inline_asm_elementwise(
         asm, constraints, [address], dtype=(tl.int32,) * COUNT, is_pure=False, pack=1
     )

@@ -120,17 +120,19 @@ def _constraints(outputs: int, inputs: int) -> str:
 
 
 @triton.constexpr_function
-def load_words(count: int) -> tuple[str, str]:
-    """``count`` consecutive 32-bit words at a 64-bit address, in the widest loads allowed."""
+def load_words(count: int, again: bool = False) -> tuple[str, str]:
+    """``count`` consecutive 32-bit words at a 64-bit address, in the widest loads allowed.
+
+    They stay in the first cache if they are to be loaded ``again``.
+    """
+    cached = "" if again else ".L1::no_allocate"
     ptx = _Text()
     width = 4 if count % 4 == 0 else 2 if count % 2 == 0 else 1
     for i in range(0, count, width):
         registers = ", ".join(f"${j}" for j in range(i, i + width))
         vector = f".v{width}" if width > 1 else ""
         target = f"{{{registers}}}" if width > 1 else registers
-        ptx.lines.append(
-            f"ld.global.nc.L1::no_allocate{vector}.b32 {target}, [${count} + {4 * i}];"
-        )
+        ptx.lines.append(f"ld.global.nc{cached}{vector}.b32 {target}, [${count} + {4 * i}];")
     return ptx.text(), ",".join(["=&r"] * count + ["l"])
 
 

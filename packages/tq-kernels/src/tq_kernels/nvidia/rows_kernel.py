@@ -15,17 +15,9 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-__all__ = ["combine_partials", "prepare_queries", "tiles_of"]
+from tq_kernels.nvidia.work import tiles_of
 
-
-@triton.jit
-def tiles_of(lengths, query_lens, window, WINDOW: tl.constexpr):
-    """Number of the first 64-token tile that any query of a sequence sees, and how many follow."""
-    tiles = (lengths + 63) // 64
-    first = tl.zeros_like(lengths)
-    if WINDOW:
-        first = tl.maximum(lengths - query_lens - window + 1, 0) // 64
-    return first, tiles - first
+__all__ = ["combine_partials", "prepare_queries"]
 
 
 @triton.jit

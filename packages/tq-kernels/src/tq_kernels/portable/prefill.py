@@ -37,7 +37,7 @@ from tq_kernels.portable.expand_pages import (
     key_order,
 )
 from tq_kernels.portable.merge import merge_constants, merge_kernel, merge_rows
-from tq_kernels.portable.rotate import rotate
+from tq_kernels.portable.rotate import LARGE_ROTATION, rotate
 from tq_kernels.portable.unpack import value_order
 
 __all__ = ["PrefillPlan"]
@@ -249,7 +249,9 @@ class PrefillPlan:
         )  # a single page over and over
         # Dense attention has another kernel for more than 16 queries.
         few, many = 1, min(max(17, self._codes_query_len + 1), spec.max_query_len)
-        for count, context in ((few, 0), (many, 0), (few, 1), (many, 1), (many, pieces)):
+        large = min(-(-LARGE_ROTATION // spec.heads), spec.max_query_len)
+        cases = ((few, 0), (many, 0), (few, 1), (many, 1), (many, pieces), (large, 1))
+        for count, context in cases:
             q = torch.zeros(count, spec.heads, fmt.head_dim, dtype=spec.dtype, device=device)
             k = torch.zeros(count, spec.kv_heads, fmt.head_dim, dtype=spec.dtype, device=device)
             self.run(

@@ -14,7 +14,10 @@ from tq_kernels.aot import Variant
 from tq_kernels.format import KVFormat
 from tq_kernels.portable.rotation_tile import RotationParts, rotate_rows, rotation_parts, step_width
 
-__all__ = ["rotate"]
+__all__ = ["LARGE_ROTATION", "rotate"]
+
+#: Rows from which on a program takes more of them.
+LARGE_ROTATION = 4097
 
 
 @triton.jit(
@@ -38,7 +41,7 @@ def rotate_kernel(
 
 
 def _block(total: int, head_dim: int) -> int:
-    return 64 if total > 4096 and head_dim <= 128 else 16
+    return 64 if total >= LARGE_ROTATION and head_dim <= 128 else 16
 
 
 @lru_cache(maxsize=256)
