@@ -289,23 +289,44 @@ def gpu_prefill() -> str:
     )
 
 
-@table("decode-change")
-def decode_change() -> str:
-    """What reading whole lines and rotating queries inside changed, in one run on an H100."""
-    kinds = ("whole lines", "whole lines, multipliers, no masks, queries rotated inside")
+def variant_label(shape: dict[str, Any]) -> str:
+    """Batch × context and what differs from one query of the usual heads."""
+    label = f"{shape['batch']} × {thousands(shape['context'])}"
+    if shape["heads"] != 32:
+        label += f", group {shape['heads'] // 8}"
+    if shape["query_len"] > 1:
+        label += f", {shape['query_len']} tokens"
+    return label
+
+
+@table("decode-start")
+def decode_start() -> str:
+    """What starting early changed, in one run on an H100."""
+    kinds = ("early start", "first values fetched", "programs by table")
     rows = []
-    for entry in load("benchmarks/results/variants-h100.json")["decode"]:
+    for entry in load("benchmarks/results/variants-h100.json")["decode_start"]["rows"]:
+        taken = entry["us"]
+        if "before" in taken:
+            before = taken["before"]
+            cells = (f"{taken[k]:.1f} ({taken[k] / before:.2f}x)" for k in kinds)
+            rows.append((variant_label(entry["shape"]), f"{before:.1f}", *cells))
+    return markdown(("", "before µs", *(f"{kind} µs" for kind in kinds)), rows)
+
+
+@table("decode-wide")
+def decode_wide() -> str:
+    """Four query tokens on fp16 tensor cores, against the kernel of the other tables."""
+    measured = load("benchmarks/results/gpu-h200.json")["sections"]["queries"]
+    rows = []
+    kinds: list[str] = []
+    for entry in load("benchmarks/results/variants-h200.json")["decode"]:
         shape, taken = entry["shape"], entry["us"]
-        label = f"{shape['batch']} × {thousands(shape['context'])}, K{shape['k_bits']}V{shape['v_bits']}"
-        if shape["head_dim"] != 128:
-            label += f", d={shape['head_dim']}"
-        if shape["query_len"] > 1:
-            label += f", {shape['query_len']} tokens"
-        before = taken["before"]
-        rows.append(
-            (label, f"{before:.1f}", *(f"{taken[k]:.1f} ({taken[k] / before:.2f}x)" for k in kinds))
-        )
-    return markdown(("", "before µs", "whole lines µs", "queries inside too µs"), rows)
+        kinds = list(taken)
+        same = [r for r in measured if all(r["shape"][k] == v for k, v in shape.items())]
+        kept = same[0]["kernels"]["TurboQuant"]["ms"]["p50"] * 1e3
+        cells = (f"{taken[k]:.1f} ({taken[k] / kept:.2f}x)" for k in kinds)
+        rows.append((variant_label(shape), f"{kept:.1f}", *cells))
+    return markdown(("", "int8 µs", *(f"{kind} µs" for kind in kinds)), rows)
 
 
 @table("serving")
