@@ -41,7 +41,7 @@ from tq_kernels.nvidia.tile_loads import (
     load_tile_values,
     to_value_lanes,
 )
-from tq_kernels.nvidia.work import pair_at, range_of_program
+from tq_kernels.nvidia.work import entries_of_program, pair_at, tiles_of_each
 
 __all__ = ["decode_partials"]
 
@@ -313,9 +313,12 @@ def decode_partials(
         gdc_wait()
 
     heads_of = kv_heads * chunks
-    position, stop, entries, ends = range_of_program(
-        seq_lens, cu_query_lens, batch, heads_of, programs, least, window, BATCH_BLOCK, WINDOW
-    )
+    tiles = tiles_of_each(seq_lens, cu_query_lens, batch, window, BATCH_BLOCK, WINDOW)
+    entries = tiles * heads_of
+    ends = tl.cumsum(entries, 0)
+    total, taken = entries_of_program(entries, programs, least)
+    position = program * taken
+    stop = tl.minimum(position + taken, total)
     while position < stop:
         sequence, length, query_start, query_len, head_chunk, first, count = pair_at(
             position, stop, entries, ends, seq_lens, cu_query_lens, window, BATCH_BLOCK, WINDOW

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from tq_kernels.nvidia.work import tiles_of
+from tq_kernels.nvidia.work import entries_of_program, tiles_of_each
 
 __all__ = ["combine_partials", "prepare_queries"]
 
@@ -154,14 +154,9 @@ def combine_partials(
         rows, cu_query_lens, group, kv_heads, chunks, pairs, RP
     )
     sequences = tl.arange(0, BATCH_BLOCK)
-    known = sequences < batch
-    lengths = tl.load(seq_lens + sequences, mask=known, other=0)
-    query_starts = tl.load(cu_query_lens + sequences, mask=known, other=0)
-    query_ends = tl.load(cu_query_lens + sequences + 1, mask=known, other=0)
-    _, tile_counts = tiles_of(lengths, query_ends - query_starts, window, WINDOW)
+    tile_counts = tiles_of_each(seq_lens, cu_query_lens, batch, window, BATCH_BLOCK, WINDOW)
     heads_of = kv_heads * chunks
-    total = tl.sum(tile_counts, 0) * heads_of
-    per_program = tl.maximum((total + programs - 1) // programs, least)
+    _total, per_program = entries_of_program(tile_counts * heads_of, programs, least)
     before = tl.sum(tl.where(sequences[None, :] < sequence[:, None], tile_counts[None, :], 0), 1)
     tiles = tl.sum(tl.where(sequences[None, :] == sequence[:, None], tile_counts[None, :], 0), 1)
     start = before * heads_of + pair % heads_of * tiles

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["pair_at", "range_of_program", "tiles_of"]
+__all__ = ["entries_of_program", "pair_at", "tiles_of_each"]
 
 
 @triton.jit
@@ -24,32 +24,29 @@ def tiles_of(lengths, query_lens, window, WINDOW: tl.constexpr):
 
 
 @triton.jit
-def range_of_program(
+def tiles_of_each(
     seq_lens,
     cu_query_lens,
     batch,
-    pairs_each,
-    programs,
-    least,
     window,
     BATCH_BLOCK: tl.constexpr,
     WINDOW: tl.constexpr,
 ):
-    """Start and stop in the list, and of each sequence its number of entries and where they end.
-
-    ``pairs_each`` is the number of pairs of a sequence.
-    """
+    """Tiles of every sequence, 0 past the last."""
     sequences = tl.arange(0, BATCH_BLOCK)
     known = sequences < batch
     lengths = tl.load(seq_lens + sequences, mask=known, other=0)
     query_starts = tl.load(cu_query_lens + sequences, mask=known, other=0)
     query_ends = tl.load(cu_query_lens + sequences + 1, mask=known, other=0)
     _skipped, tiles = tiles_of(lengths, query_ends - query_starts, window, WINDOW)
-    entries = tiles * pairs_each
+    return tiles
+
+
+@triton.jit
+def entries_of_program(entries, programs, least):
+    """Length of the list, and how many of it a program takes."""
     total = tl.sum(entries, 0)
-    per_program = tl.maximum((total + programs - 1) // programs, least)
-    position = tl.program_id(0) * per_program
-    return position, tl.minimum(position + per_program, total), entries, tl.cumsum(entries, 0)
+    return total, tl.maximum((total + programs - 1) // programs, least)
 
 
 @triton.jit
