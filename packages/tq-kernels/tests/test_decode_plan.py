@@ -67,7 +67,9 @@ def check(fmt, heads, kv_heads, lengths, counts, dtype, *, kernels, seed=0, **op
 def test_all_formats(head_dim, k_bits, v_bits):
     fmt = KVFormat(head_dim, k_bits, v_bits)
     counts = [1] * len(LENGTHS)
-    check(fmt, 8, 2, LENGTHS, counts, torch.bfloat16, kernels="nvidia")
+    # These registers would not do: see `tq_kernels.nvidia.decode.unsupported`.
+    kernels = "portable" if (head_dim, k_bits, v_bits) == (256, 8, 8) else "nvidia"
+    check(fmt, 8, 2, LENGTHS, counts, torch.bfloat16, kernels=kernels)
 
 
 @on_gpu

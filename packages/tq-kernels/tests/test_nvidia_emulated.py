@@ -94,6 +94,10 @@ def test_several_queries(one_multiprocessor, options):
     check(KVFormat(128, 4, 4), 4, 1, [70, 17], [4, 2], **options)
 
 
+def test_other_rotations(one_multiprocessor):
+    check(KVFormat(64, 3, 3, rotation="haar", seed=5), 4, 1, [70], [1])
+
+
 def test_two_heads(one_multiprocessor):
     check(KVFormat(64, 4, 4), 4, 2, [70, 17], [1, 1])
 
