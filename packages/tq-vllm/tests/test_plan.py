@@ -119,6 +119,21 @@ def test_json(llama: Path) -> None:
     assert data["formats"][2]["token_bytes"] == 116 * 8 * 32
 
 
+def test_a_hub_id(monkeypatch: pytest.MonkeyPatch, llama: Path) -> None:
+    hub = pytest.importorskip("huggingface_hub", reason="tq plan needs the extra cli")
+    errors = pytest.importorskip("huggingface_hub.errors")
+
+    def download(model: str, file: str) -> str:
+        if model != "some/llama":
+            raise errors.LocalEntryNotFoundError("no connection\nand more")
+        return str(llama / file)
+
+    monkeypatch.setattr(hub, "hf_hub_download", download)
+    assert read_config("some/llama") == LLAMA
+    with pytest.raises(TQError, match=r"'some/other' is no file .* \(no connection\); name a"):
+        read_config("some/other")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from tq_kernels.presets import PRESETS
 
-__all__ = ["PageDtype", "register_dtypes"]
+__all__ = ["PageDtype", "dtype_names", "register_dtypes"]
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,17 @@ class PageDtype:
         return KVQuantMode.NONE
 
 
+def dtype_names() -> tuple[str, ...]:
+    """The presets, where this vLLM takes them."""
+    from vllm.config import cache
+
+    return tuple(PRESETS) if hasattr(cache, "register_kv_cache_dtype") else ()
+
+
 def register_dtypes() -> None:
     """Offer the presets to vLLM; may be called any number of times."""
     from vllm.config import cache
 
-    if not hasattr(cache, "register_kv_cache_dtype"):
-        return
-    for name in PRESETS:
+    for name in dtype_names():
         if not cache.is_known_kv_cache_dtype(name):
             cache.register_kv_cache_dtype(name)(partial(PageDtype, name))

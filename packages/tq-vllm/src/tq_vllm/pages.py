@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from tq_core import TQError
 from tq_kernels import KVFormat
-from tq_kernels.presets import PRESETS
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
+from tq_vllm.dtypes import dtype_names
 from tq_vllm.older_pages import OLDER_PAGES, OlderPages, older_spec
 from tq_vllm.settings import FINE_BITS, Settings, load_settings
 
@@ -47,7 +47,7 @@ class TurboQuantPages(OlderPages, AttentionBackend):
     fine: ClassVar[bool] = False
     forward_includes_kv_cache_update: bool = False
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16]
-    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "float16", "bfloat16", *PRESETS]
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "float16", "bfloat16", *dtype_names()]
 
     @staticmethod
     def get_name() -> str:

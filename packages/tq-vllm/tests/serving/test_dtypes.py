@@ -6,10 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import vllm
+from packaging.version import Version
 from tq_core import TQError
 from tq_kernels import KVFormat
 from tq_kernels.presets import PRESETS
-from tq_vllm.dtypes import PageDtype, register_dtypes
+from tq_vllm.dtypes import PageDtype, dtype_names, register_dtypes
 from tq_vllm.settings import settings_of
 
 LENGTHS, NEW = (150, 37), 16
@@ -18,6 +20,7 @@ LENGTHS, NEW = (150, 37), 16
 @pytest.fixture
 def registered(monkeypatch) -> dict[str, PageDtype]:
     """Names that vLLM got, with what it knows of them."""
+    from tq_vllm.pages import TurboQuantPages
     from vllm.config import cache
     from vllm.engine.arg_utils import EngineArgs
     from vllm.utils import torch_utils
@@ -52,6 +55,8 @@ def registered(monkeypatch) -> dict[str, PageDtype]:
 
     monkeypatch.setattr(EngineArgs, "create_engine_config", create_with_any_dtype)
     register_dtypes()
+    dtypes = [*TurboQuantPages.supported_kv_cache_dtypes, *dtype_names()]
+    monkeypatch.setattr(TurboQuantPages, "supported_kv_cache_dtypes", dtypes)
     return names
 
 
@@ -62,8 +67,10 @@ def test_names_are_those_of_the_presets(registered) -> None:
     assert known == {(torch.uint8, "NONE")}
 
 
-def test_a_version_without_such_names_is_left_alone() -> None:
-    register_dtypes()
+def test_names_are_offered_where_vllm_takes_them() -> None:
+    new = Version(vllm.__version__) >= Version("0.33")
+    assert dtype_names() == (tuple(PRESETS) if new else ())
+    register_dtypes()  # does nothing elsewhere
 
 
 def config(name: str, *skipped: str) -> SimpleNamespace:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from importlib import import_module
 
 import pytest
 import torch
@@ -58,20 +59,26 @@ class Layers:
         return found
 
 
+def planning_of_vllm():
+    """The module that plans caches."""
+    new = Version(vllm.__version__) >= Version("0.33")
+    return import_module(f"vllm.v1.core.kv_cache_{'planning' if new else 'utils'}")
+
+
 def resolved(vllm_config, layers, backends):
     """The configuration of the cache that vLLM makes of the layers."""
     from vllm.v1.attention.backends.utils import (
         get_supported_kv_cache_layouts,
         resolve_kv_cache_layout,
     )
-    from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups, get_kv_cache_groups
 
     specs = layers.specs()
     names = [layout.name for layout in get_supported_kv_cache_layouts(backends)]
     vllm_config.cache_config.kv_cache_layout = None
     resolve_kv_cache_layout(vllm_config, [names], specs.values())
-    groups = get_kv_cache_groups(vllm_config, specs)
-    return get_kv_cache_config_from_groups(vllm_config, groups, BLOCKS * 2**20)
+    planning = planning_of_vllm()
+    groups = planning.get_kv_cache_groups(vllm_config, specs)
+    return planning.get_kv_cache_config_from_groups(vllm_config, groups, BLOCKS * 2**20)
 
 
 def parts(group):
@@ -163,39 +170,3 @@ def test_a_backend_with_another_layout_pads_and_the_log_says_so(
     warn_of_padding(spec)
     (line,) = {r.getMessage() for r in caplog_vllm.records if "pads pages" in r.getMessage()}
     assert str(PAGE * HEADS * 132) in line and str(PAGE * HEADS * 512) in line
-
-
-@pytest.mark.parametrize("fine", ["none", "0,-1"])
-def test_stages_of_a_pipeline_hold_the_same_blocks_of_their_own_layers(
-    vllm_config, monkeypatch, fine
-) -> None:
-    """What vLLM allocates for two stages of three and four layers."""
-    from tq_vllm.backend import TurboQuantBackend
-    from tq_vllm.settings import load_settings
-    from vllm.v1.attention.backends.utils import (
-        get_supported_kv_cache_layouts,
-        resolve_kv_cache_layout,
-    )
-    from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
-
-    monkeypatch.setenv("TQ_FINE_LAYERS", fine)
-    specs = Layers(7, fine=0 if fine == "none" else 1).specs()
-    if fine != "none":  # the last layer too, which is in the other stage
-        specs["full.6"] = Layers(1, fine=1).specs()["full.0"]
-    stages = [{f"full.{n}": specs[f"full.{n}"] for n in part} for part in ((0, 1, 2), (3, 4, 5, 6))]
-    backends = [TurboQuantBackend, TurboQuantBackend.variant(load_settings(), True)]
-    names = [layout.name for layout in get_supported_kv_cache_layouts(backends)]
-    vllm_config.cache_config.kv_cache_layout = None
-    resolve_kv_cache_layout(vllm_config, [names, names], specs.values())
-    memory = [BLOCKS * 2**16, BLOCKS * 2**18]  # the first stage has less
-    configs = get_kv_cache_configs(vllm_config, stages, memory)
-
-    sizes = [sum(spec.page_size_bytes for spec in stage.values()) for stage in stages]
-    slots = [[132] * 3, [132] * 4] if fine == "none" else [[196, 132, 132], [132, 132, 132, 196]]
-    assert [size // (PAGE * HEADS) for size in sizes] == [sum(s) for s in slots]
-    assert {config.num_blocks for config in configs} == {memory[0] // sizes[0]}
-    for config, stage, size in zip(configs, stages, sizes, strict=True):
-        assert {n for group in config.kv_cache_groups for n in group.layer_names} == set(stage)
-        assert all(own == page for page, own in map(parts, config.kv_cache_groups))
-        # Each entry has the size of the whole allocation: pages and nothing else.
-        assert {t.size for t in config.kv_cache_tensors} == {config.num_blocks * size}

@@ -199,7 +199,8 @@ def test_an_engine_with_other_settings_refuses_to_start(start, tiny) -> None:
         pass
 
 
-def test_the_log_tells_the_bytes_that_are_allocated(start, tiny, caplog_vllm) -> None:
+def test_the_log_and_the_plan_tell_the_bytes_that_are_allocated(start, tiny, caplog_vllm) -> None:
+    from tq_vllm.capacity import ModelShape, capacity, formats, read_config
     from tq_vllm.report import cache_bytes
 
     with start(
@@ -210,6 +211,12 @@ def test_the_log_tells_the_bytes_that_are_allocated(start, tiny, caplog_vllm) ->
         assert sizes.token == (100 + 4 * 196 + 512) * 2
         assert pages == (8 << 20) // int(32 * sizes.token)
         assert (sizes.slots, sizes.layers, sizes.compressed) == ((100, 196), 6, 5)
+    shape = ModelShape.from_config(read_config(str(tiny)))
+    fmt = formats(3, 3, skip_layers="2", fine_layers="0,1,-2,-1")[-1]
+    planned = capacity(shape, fmt, 8 << 20, 1000)
+    assert planned.token_bytes == sizes.token
+    assert planned.longest // 32 == min(pages, shape.longest // 32)
+    assert planned.ratio == sizes.ratio
     (line,) = {r.getMessage() for r in caplog_vllm.records if "TurboQuant KV" in r.getMessage()}
     assert "keys 3 bits, values 3 bits" in line and "5 of 6 layers" in line
     assert f"{sizes.token:.0f} bytes a token against {512 * 2 * 6}" in line

@@ -9,7 +9,13 @@ import time
 import pytest
 from tq_kernels import KVFormat
 
-LENGTHS, NEW = (130, 70, 33, 16, 90), 40
+LENGTHS, NEW, LEAST = (130, 70, 33, 16, 90), 40, 25
+NGRAM = {
+    "method": "ngram",
+    "num_speculative_tokens": 3,
+    "prompt_lookup_max": 3,
+    "prompt_lookup_min": 1,
+}
 
 
 @pytest.fixture(scope="module")
@@ -17,16 +23,18 @@ def case(reference, decide, tiny):
     return decide(reference(tiny, KVFormat(128, 4, 4)), LENGTHS, NEW, 0.02)
 
 
-def test_soak(start, tiny, case):
+@pytest.mark.parametrize("speculation", [None, NGRAM], ids=["plain", "ngram"])
+def test_soak(start, tiny, case, speculation):
     from vllm import SamplingParams
 
     prompts, answers = case
-    seconds = float(os.environ.get("SOAK_SECONDS", "8"))
+    seconds = float(os.environ.get("SOAK_SECONDS", "15"))
     blocks = 30  # the eight sequences at once would need about 60
     options = {
         "kv_cache_memory_bytes": blocks * 16 * 1584,
         "max_num_batched_tokens": 64,
         "max_model_len": 256,
+        "speculative_config": speculation,
     }
     settings = {"TQ_K_BITS": "4", "TQ_V_BITS": "4", "TQ_PREFILL": "stored"}
     draw = random.Random(1)
@@ -35,8 +43,12 @@ def test_soak(start, tiny, case):
         running: dict[str, tuple[int, int]] = {}
         number = finished = aborted = 0
         until = time.monotonic() + seconds
-        while running or time.monotonic() < until:
-            while len(running) < 10 and time.monotonic() < until:
+
+        def more() -> bool:
+            return time.monotonic() < until or finished < LEAST or not aborted
+
+        while running or more():
+            while len(running) < 10 and more():
                 which, tokens = draw.randrange(len(prompts)), draw.randint(1, NEW)
                 name = f"r{number}"
                 number += 1
@@ -57,7 +69,6 @@ def test_soak(start, tiny, case):
                 core.abort_request([victim])
                 del running[victim]
                 aborted += 1
-        assert finished > 10 and aborted > 0
         assert engine.metric("vllm:num_preemptions") > 0
         assert engine.metric("vllm:prefix_cache_hits") > 0
         assert not core.has_unfinished_requests()
