@@ -26,8 +26,11 @@ CORE_ENDS = {
     "lowest": ("3.11", "3.12"),
     "highest": ("3.11", "3.12", "3.13"),
 }
-# The newest release of vLLM with a wheel for the CPU, and the first and last that are supported.
-VLLM, FIRST_VLLM, LAST_VLLM = "0.32.0", "0.29.0", "0.33.0"
+# The newest release of vLLM with a wheel for the CPU, and the others that are supported. Of those in
+# PYTHON_ONLY there is no such wheel for the torch of constraints.txt.
+VLLM = "0.32.0"
+OTHER_VLLMS = {"vllm-older": "0.26.0", "vllm-first": "0.29.0", "vllm-last": "0.33.0"}
+PYTHON_ONLY = ("0.26.0", "0.33.0")
 LEFT_OUT = ("torchvision", "torchaudio", "torchcodec")
 
 os.environ["UV_PYTHON_DOWNLOADS"] = "never"
@@ -139,7 +142,7 @@ def install_vllm(session: nox.Session, version: str) -> None:
 
 
 def renew_vllm(session: nox.Session, version: str) -> None:
-    """Put the Python of a release without a wheel for the CPU beside the compiled parts of one."""
+    """Put the Python of a release in the place of the installed one's, with whose compiled parts it runs."""
     folder = Path(session.create_tmp()) / version
     try:
         wheel = f"vllm=={version}"
@@ -149,6 +152,8 @@ def renew_vllm(session: nox.Session, version: str) -> None:
         session.skip(f"no wheel of vllm {version} for this machine: tests on it left out")
     code = "import sysconfig; print(sysconfig.get_path('platlib'))"
     site = Path(str(session.run("python", "-c", code, silent=True)).strip())
+    for old in (site / "vllm").rglob("*.py"):
+        old.unlink()
     with zipfile.ZipFile(path) as archive:
         names = [n for n in archive.namelist() if n.startswith("vllm/") and not n.endswith(".so")]
         archive.extractall(site, names)
@@ -188,8 +193,8 @@ def test_all(session: nox.Session) -> None:
 
 def test_vllm(session: nox.Session, version: str) -> None:
     """Run the tests of tq-vllm on a version of vLLM."""
-    install_vllm(session, VLLM if version == LAST_VLLM else version)
-    if version == LAST_VLLM:
+    install_vllm(session, VLLM if version in PYTHON_ONLY else version)
+    if version in PYTHON_ONLY:
         renew_vllm(session, version)
     packages = editable("tq-core[cli,plots]", "tq-kernels", "tq-hf[demo]", "tq-vllm[cli]")
     install(session, *packages, *RUNNERS)
@@ -220,8 +225,7 @@ VERSION_CASES = [
     nox.param(python, suite, id=f"{suite}-python-{python}")
     for suite, pythons in {
         "kernels-lowest": ("3.11",),
-        "vllm-first": ("3.11",),
-        "vllm-last": ("3.11",),
+        **dict.fromkeys(OTHER_VLLMS, ("3.11",)),
         "torch-lowest": ("3.11",),
         "all": ("3.12", "3.13"),
     }.items()
@@ -242,8 +246,8 @@ def versions(session: nox.Session, suite: str) -> None:
         install_lowest(session, *kernels)
         pytest(session, "packages/tq-kernels/tests")
         return
-    if suite.startswith("vllm"):
-        test_vllm(session, FIRST_VLLM if suite == "vllm-first" else LAST_VLLM)
+    if suite in OTHER_VLLMS:
+        test_vllm(session, OTHER_VLLMS[suite])
         return
     lowest = ("--resolution", "lowest-direct") if suite == "torch-lowest" else ("-c", CONSTRAINTS)
     if session.venv_backend != "uv" or brings_cuda(session, *lowest, *kernels):

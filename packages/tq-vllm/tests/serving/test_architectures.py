@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from tq_vllm.older_pages import OLDER_PAGES
 
 NEW = 8
 PROMPTS = [[(7 * i * i + 3 * i + n) % 250 for i in range(40 + 7 * n)] for n in range(3)]
@@ -82,6 +83,8 @@ def logprobs(outs):
 @pytest.mark.parametrize("model", ["sinks", "soft_cap"])
 def test_8_bits_give_what_16_give(start, request, model) -> None:
     """And something else where the layers forget what the model has."""
+    if OLDER_PAGES and model == "sinks":
+        pytest.skip("vLLM 0.26 runs no mixture of experts on CPUs")
     folder = request.getfixturevalue(model)
     options = {"skip_tokenizer_init": True, "block_size": 32, "enable_prefix_caching": False}
     with start(folder, {"TQ_CPU": "0"}, **options) as engine:
@@ -99,5 +102,4 @@ def test_8_bits_give_what_16_give(start, request, model) -> None:
     assert [o.outputs[0].token_ids for o in ours] == [o.outputs[0].token_ids for o in plain]
     error = np.abs(np.subtract(logprobs(ours), logprobs(plain))).mean()
     forgotten = np.abs(np.subtract(logprobs(without), logprobs(plain)))[:, 0].mean()
-    print(error, forgotten)
     assert error < 0.01 and forgotten > 10 * error

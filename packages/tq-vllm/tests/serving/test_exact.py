@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 from tq_kernels import KVFormat
+from tq_vllm.older_pages import OLDER_PAGES
 
 LENGTHS, NEW = (150, 37, 64), 16
 
@@ -42,7 +43,8 @@ def test_continuations_are_those_of_transformers_with_the_same_rounding(
         strides = {layer.kv_cache.stride() for layer in engine.layers.values()}
         assert strides == {(2 * 16 * slot, 16 * slot, slot, 1)}
         storage = engine.layers["model.layers.0.self_attn.attn"].kv_cache.untyped_storage()
-        assert storage.nbytes() == engine.capacity * slot * 2 * 6
+        layers = 1 if OLDER_PAGES else 6  # of an allocation
+        assert storage.nbytes() == engine.capacity * slot * 2 * layers
 
 
 def test_the_capacity_vllm_reports_grows_by_the_ratio_of_the_format(start, tiny):
@@ -110,6 +112,8 @@ def windowed(tmp_path_factory, tiny):
 
 @pytest.mark.parametrize("settings", [{}, {"TQ_SKIP_LAYERS": "sliding"}, {"TQ_FINE_LAYERS": "1"}])
 def test_sliding_window_layers_beside_full_ones(start, reference, decide, windowed, settings):
+    if OLDER_PAGES and settings:
+        pytest.skip("vLLM 0.26 refuses windowed layers that differ in bytes from others")
     sliding = range(0, 6, 2)
     generate = reference(
         windowed[1],
@@ -124,7 +128,9 @@ def test_sliding_window_layers_beside_full_ones(start, reference, decide, window
         assert [w in (None, -1) for w in windows] == [n not in sliding for n in range(6)]
         check(engine, case)
         cache = engine.config.cache_config
-        if "TQ_SKIP_LAYERS" not in settings:  # vLLM's attention for CPUs makes it pad pages
+        if (
+            "TQ_SKIP_LAYERS" not in settings and not OLDER_PAGES
+        ):  # vLLM's attention for CPUs makes it pad pages
             packed = "TQ_FINE_LAYERS" in settings
             assert cache.kv_cache_layout == ("BLHNC" if packed else "LBHNC")
             slots = 2 * 132 + 196 if packed else 3 * 132

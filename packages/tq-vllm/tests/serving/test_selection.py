@@ -52,6 +52,7 @@ def test_asking_for_it_in_an_unsupported_version_tells_the_range(registry, monke
     from vllm.utils.import_utils import resolve_obj_by_qualname
 
     monkeypatch.setattr("tq_vllm.versions.FIRST", "0.99")
+    monkeypatch.setattr("tq_vllm.versions.OLDER", "0.98")
     monkeypatch.delitem(sys.modules, BACKEND.rpartition(".")[0], raising=False)
     register()
     with pytest.raises(TQError, match=f"vllm {vllm.__version__}: .*>= 0.99, < 0.34"):
