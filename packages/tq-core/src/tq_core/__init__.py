@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tq_core import bounds
+from tq_core.balance import balancing_matrix, balancing_scales
 from tq_core.codebook import Codebook, gaussian_codebook, lloyd_max
 from tq_core.distribution import (
     CoordinateLaw,
@@ -52,6 +53,8 @@ __all__ = [
     "Rotation",
     "SphereCoordinate",
     "TQError",
+    "balancing_matrix",
+    "balancing_scales",
     "bounds",
     "coordinate_law",
     "decode_record",
