@@ -213,6 +213,20 @@ def test_the_text_part_of_a_multimodal_model(name: str) -> None:
     torch.testing.assert_close(ours, theirs, atol=2e-2, rtol=1e-2)
 
 
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("in_metric", [False, True])
+def test_searched_codes(name: str, in_metric: bool) -> None:
+    model = build(LlamaConfig(**small()), name)
+    factors = torch.randn(2, 2, 2, 4, 64)
+    metrics = dict(enumerate((x.mT @ x).unbind() for x in factors)) if in_metric else None
+    plain = check(model)
+    found = check(model, search=True, metrics=metrics)
+    for one, two in zip(plain.layers, found.layers, strict=True):
+        for kind in ("keys", "values"):
+            assert not torch.equal(getattr(one, kind), getattr(two, kind))
+        assert (two.metrics is not None) is in_metric
+
+
 def test_a_model_of_sliding_layers_alone_is_refused() -> None:
     with pytest.raises(Exception, match="no layer left to compress"):
         TurboQuantCache(MistralConfig(**small(sliding_window=16)))
@@ -223,7 +237,7 @@ def hybrid_reference(layer: Any) -> Any:
     from transformers.cache_utils import LinearAttentionAndFullAttentionLayer
 
     hybrid = LinearAttentionAndFullAttentionLayer()
-    keys_and_values = ReferenceLayer(layer.options, None)
+    keys_and_values = ReferenceLayer(layer)
     hybrid.update = keys_and_values.update
     hybrid.get_seq_length = keys_and_values.get_seq_length
     return hybrid

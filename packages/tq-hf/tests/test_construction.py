@@ -17,6 +17,7 @@ from transformers import DeepseekV3Config, LlamaConfig, T5Config
 CONFIG = LlamaConfig(
     hidden_size=64, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=2, head_dim=64
 )
+METRICS = torch.eye(64).repeat(2, 1, 1), torch.eye(64).repeat(2, 1, 1)
 TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
 
 
@@ -57,6 +58,11 @@ def llama(**changes: Any) -> LlamaConfig:
         (CONFIG, {"layer_bits": {0: (16, 16), 2: (16, 16)}, "skip_layers": (1,)}, "no layer left"),
         (CONFIG, {"layer_bits": {0: (3, 3)}, "k_bits": 5}, "5"),
         (CONFIG, {"rotation": "dct"}, "dct"),
+        (CONFIG, {"search": "yes"}, "search='yes'"),
+        (CONFIG, {"metrics": {}}, "search=True"),
+        (CONFIG, {"search": True, "metrics": {3: METRICS}}, "metrics has layer 3"),
+        (CONFIG, {"search": True, "metrics": {0: (METRICS[0], METRICS[0][0])}}, "of values: needs"),
+        (CONFIG, {"search": True, "metrics": {0: (METRICS[0] / 0, METRICS[0])}}, "of keys: needs"),
         (CONFIG, {"scale": "max"}, "max"),
         (CONFIG, {"seed": -1}, "seed=-1"),
         (CONFIG, {"key_center": {0: torch.zeros(64)}}, r"key_center\[0\]"),

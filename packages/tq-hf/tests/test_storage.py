@@ -74,6 +74,7 @@ def test_options_and_centers_come_back(tmp_path: Path) -> None:
         "seed": 7,
         "scale": "unbiased",
         "key_center": {0: torch.randn(2, 80)},
+        "search": True,
     }
     cache = filled(**options)
     cache.save(tmp_path / "c")
@@ -81,6 +82,20 @@ def test_options_and_centers_come_back(tmp_path: Path) -> None:
     same(cache, loaded)
     assert loaded.layers[0].options.fmt == cache.layers[0].options.fmt
     assert torch.equal(loaded.layers[0].key_center, options["key_center"][0])
+
+
+def test_metrics_are_passed_again(tmp_path: Path) -> None:
+    metrics = {i: (torch.eye(80).repeat(2, 1, 1), torch.eye(80).repeat(2, 1, 1)) for i in (0, 1)}
+    metrics[0][0][:, 40:] = 0
+    cache = filled(search=True, metrics=metrics)
+    cache.save(tmp_path / "c")
+    with_them = TurboQuantCache.load(tmp_path / "c", LLAMA, metrics=metrics)
+    without = TurboQuantCache.load(tmp_path / "c", LLAMA)
+    x = torch.randn(2, 2, 40, 80, dtype=torch.bfloat16)
+    for c in (cache, with_them, without):
+        c.update(x, x, 0)
+    assert torch.equal(cache.layers[0].keys, with_them.layers[0].keys)
+    assert not torch.equal(cache.layers[0].keys, without.layers[0].keys)
 
 
 def test_a_file_is_about_as_large_as_the_codes(tmp_path: Path) -> None:

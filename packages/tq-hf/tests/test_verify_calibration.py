@@ -16,7 +16,9 @@ from tq_hf.verify.calibration import (
     key_centers,
     key_value_states,
     read_centers,
+    read_metrics,
     write_centers,
+    write_metrics,
 )
 
 
@@ -56,6 +58,28 @@ def test_a_file_gives_back_what_was_written(tmp_path: Path, single: Any) -> None
     assert all(torch.equal(found[i], centers[i]) for i in centers)
     cache = TurboQuantCache(model.config, key_center=found)
     assert torch.equal(cache.layers[1].key_center, centers[1])
+
+
+def test_metrics_come_back_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.safetensors"
+    metrics = {i: (torch.randn(2, 8, 8), torch.randn(2, 8, 8).double()) for i in (0, 11)}
+    write_metrics(metrics, path, "a test")
+    found = read_metrics(path)
+    assert found.keys() == metrics.keys()
+    for i, pair in metrics.items():
+        assert all(torch.equal(a.float(), b) for a, b in zip(pair, found[i], strict=True))
+
+
+def test_other_files_are_no_metrics(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    one = torch.zeros(1, 2, 2)
+    for tensors in ({"key_center.0": one}, {"metric.0.k": one}, {"metric.k": one}, {"metric": one}):
+        save_file(tensors, path)
+        with pytest.raises(TQError, match="calibrate --metrics"):
+            read_metrics(path)
+    save_file({"metric.0.k": one / 0, "metric.0.v": one}, path)
+    with pytest.raises(TQError, match="not finite"):
+        read_metrics(path)
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:

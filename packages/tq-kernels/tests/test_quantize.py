@@ -208,3 +208,67 @@ def test_scale_above_fp16_and_other_dtypes() -> None:
         quantize(x, KVFormat(32, scale="none"), "v")
     with pytest.raises(TQError, match=r"int64.*float16"):
         quantize(x.long(), KVFormat(32), "k")
+
+
+def spread(dim: int = 64) -> torch.Tensor:
+    return torch.randn(1, 2, 200, dim, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(("bits", "share"), [(2, 1.0), (3, 0.97), (4, 0.9)])
+@pytest.mark.parametrize("kind", ["k", "v"])
+def test_a_search_leaves_smaller_angles(bits: int, share: float, kind: Kind) -> None:
+    fmt, x = KVFormat(64, bits, bits), spread()
+    plain, found = (
+        decode_tokens(encode_tokens(x, fmt, kind, search=search), fmt, kind)
+        for search in (False, True)
+    )
+    before, after = (1 - torch.cosine_similarity(x, y, dim=-1) for y in (plain, found))
+    assert (after <= before + 1e-5).all()
+    assert after.mean() < share * before.mean()
+    product = (x * found).sum(-1) / x.square().sum(-1)
+    torch.testing.assert_close(product, torch.ones_like(product), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_a_search_in_a_metric_leaves_less_of_its_error(bits: int) -> None:
+    fmt, x = KVFormat(64, bits, bits), spread()
+    generator = torch.Generator().manual_seed(1)
+    factors = torch.randn(2, 8, 64, generator=generator)
+    metric = factors.mT @ factors  # eight directions of a head matter
+
+    def errors(**options: object) -> torch.Tensor:
+        y = decode_tokens(encode_tokens(x, fmt, "k", **options), fmt, "k")  # type: ignore[arg-type]
+        return torch.einsum("bhti,hij,bhtj->bht", y - x, metric, y - x)
+
+    plain, other = errors(), errors(search=True, metric=metric.flip(0))
+    found = errors(search=True, metric=metric)
+    assert (found <= plain * 1.02 + 1e-6).all()  # but for the rounding of the scales
+    assert found.mean() < 0.6 * plain.mean()
+    assert found.mean() < 0.7 * other.mean()
+    double = encode_tokens(x.double(), fmt, "k", search=True, metric=metric)
+    assert (
+        double.planes[0] == encode_tokens(x, fmt, "k", search=True, metric=metric).planes[0]
+    ).float().mean() > 0.99
+
+
+def test_an_even_metric_is_none() -> None:
+    fmt, x = KVFormat(64, 3, 3), spread()
+    even = 3 * torch.eye(64).expand(2, 64, 64)
+    one, two = (encode_tokens(x, fmt, "v", search=True, metric=m) for m in (None, even))
+    same = (one.scales == two.scales).float().mean()
+    assert same > 0.98  # but for ties within rounding
+
+
+def test_a_search_of_zeros_and_wrong_metrics() -> None:
+    fmt = KVFormat(64, 4, 4)
+    codes = encode_tokens(torch.zeros(1, 2, 3, 64), fmt, "k", search=True)
+    assert torch.equal(decode_tokens(codes, fmt, "k"), torch.zeros(1, 2, 3, 64))
+    for x, shape in (
+        (spread(), (1, 64, 64)),
+        (spread(), (64, 64)),
+        (torch.zeros(5, 64), (2, 64, 64)),
+    ):
+        with pytest.raises(TQError, match="metric has shape"):
+            encode_tokens(x, fmt, "k", search=True, metric=torch.zeros(shape))
+    with pytest.raises(TQError, match="search=True"):
+        encode_tokens(spread(), fmt, "k", metric=torch.zeros(2, 64, 64))

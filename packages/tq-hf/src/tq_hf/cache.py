@@ -64,6 +64,11 @@ class TurboQuantCache(Cache):
     key_center : mapping of int to float tensor [kv_heads, head_dim], or tensor of all layers
         Subtracted from the keys of a layer before they are encoded, for models whose keys have a
         large common part. Layers at 16 bits take none.
+    search : bool
+        Try a few scales on every vector and take the codes of least error: better codes of the same
+        bytes, which take longer to find.
+    metrics : mapping of int to pair of float tensors [kv_heads, head_dim, head_dim]
+        What errors of the keys and of the values of a layer count for in a search.
     offloading : bool
         Keep all layers but the one at work on the CPU, as ``DynamicCache(offloading=True)`` does.
 
@@ -100,6 +105,8 @@ class TurboQuantCache(Cache):
         seed: int = 0,
         scale: ScaleName = "unbiased",
         key_center: Mapping[int, Tensor] | Tensor | None = None,
+        search: bool = False,
+        metrics: Mapping[int, tuple[Tensor, Tensor]] | None = None,
         offloading: bool = False,
     ) -> None:
         found = model_layers(config)
@@ -131,13 +138,20 @@ class TurboQuantCache(Cache):
         }
         if offloading and not torch.cuda.is_available():
             raise TQError("offloading=True: needs a CUDA device; leave it out")
+        if not isinstance(search, bool):
+            raise TQError(f"search={search!r}: needs True or False")
+        if metrics is not None and not search:
+            raise TQError("metrics are for a search: add search=True or leave them out")
         centers = _centers(key_center, compressed, skipped)
+        own_metrics = _metrics(metrics or {}, compressed, skipped)
         options = {
-            pair: LayerOptions(fmt, sink_tokens, window_tokens, text)
+            pair: LayerOptions(fmt, sink_tokens, window_tokens, text, search)
             for pair, fmt in formats.items()
         }
         layers = [
-            _compressed(layer, options[bits[i]], centers.get(i)) if i in bits else layer.make()
+            _compressed(layer, options[bits[i]], centers.get(i), own_metrics.get(i))
+            if i in bits
+            else layer.make()
             for i, layer in enumerate(found)
         ]
         self._arguments = {
@@ -151,6 +165,7 @@ class TurboQuantCache(Cache):
             "rounds": rounds,
             "seed": seed,
             "scale": scale,
+            "search": search,
         }
         super().__init__(layers=layers, offloading=offloading)
         if leaves_shared_states(text):
@@ -216,7 +231,7 @@ class TurboQuantCache(Cache):
         super().crop(tokens_to_remove)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the cache, codes as they are, to a safetensors file.
+        """Write the cache, codes as they are, to a safetensors file; metrics are left out.
 
         Raises
         ------
@@ -227,7 +242,11 @@ class TurboQuantCache(Cache):
 
     @classmethod
     def load(
-        cls, path: str | os.PathLike[str], config: Any, device: torch.device | str = "cpu"
+        cls,
+        path: str | os.PathLike[str],
+        config: Any,
+        device: torch.device | str = "cpu",
+        metrics: Mapping[int, tuple[Tensor, Tensor]] | None = None,
     ) -> TurboQuantCache:
         """Read a cache that `save` wrote, for the same model.
 
@@ -238,6 +257,8 @@ class TurboQuantCache(Cache):
             ``model.config``.
         device : torch.device or str
             Where the model is.
+        metrics
+            Of the class, for the tokens to come.
 
         Raises
         ------
@@ -245,7 +266,8 @@ class TurboQuantCache(Cache):
             If the file is damaged, or written for another kind of model.
         """
         arguments = read_options(path)
-        names = inspect.signature(cls).parameters.keys() - {"config", "key_center", "offloading"}
+        others = {"config", "key_center", "metrics", "offloading"}
+        names = inspect.signature(cls).parameters.keys() - others
         if arguments.keys() != names:
             raise TQError(f"{path} has options {sorted(arguments)}: needs {sorted(names)}")
         if not isinstance(arguments["skip_layers"], list):
@@ -254,7 +276,7 @@ class TurboQuantCache(Cache):
         rounds = arguments["rounds"]
         if not isinstance(rounds, int) or rounds > _MOST_ROUNDS:
             raise TQError(f"{path} has rounds={rounds!r}: needs an int of at most {_MOST_ROUNDS}")
-        cache = cls(config, **arguments)
+        cache = cls(config, **arguments, metrics=metrics)
         restore(cache.layers, path, torch.device(device))
         return cache
 
@@ -264,13 +286,16 @@ class TurboQuantCache(Cache):
 
 
 def _compressed(
-    layer: ModelLayer, options: LayerOptions, key_center: Tensor | None
+    layer: ModelLayer,
+    options: LayerOptions,
+    key_center: Tensor | None,
+    metrics: tuple[Tensor, Tensor] | None,
 ) -> CompressedLayer:
     if layer.kind == "full":
-        return CompressedLayer(options, key_center)
+        return CompressedLayer(options, key_center, metrics)
     from tq_hf.hybrid_layer import CompressedHybridLayer  # needs transformers 5
 
-    return CompressedHybridLayer(options, key_center, **layer.kwargs)
+    return CompressedHybridLayer(options, key_center, metrics, **layer.kwargs)
 
 
 def _skipped(skip_layers: Sequence[int], count: int) -> set[int]:
@@ -320,3 +345,23 @@ def _centers(
         elif isinstance(key_center, Mapping) and index not in skipped:
             raise TQError(f"key_center has layer {index}, which is not compressed; leave it out")
     return centers
+
+
+def _metrics(
+    metrics: Mapping[int, tuple[Tensor, Tensor]],
+    compressed: Sequence[int],
+    skipped: Collection[int],
+) -> dict[int, tuple[Tensor, Tensor]]:
+    found = {}
+    for index, (keys, values) in metrics.items():
+        for name, metric in (("keys", keys), ("values", values)):
+            if metric.dim() != 3 or not bool(torch.isfinite(metric).all()):
+                raise TQError(
+                    f"metrics[{index}] of {name}: needs a finite tensor [kv_heads, head_dim, "
+                    f"head_dim], not one of shape {tuple(metric.shape)}; run `tq calibrate --metrics`"
+                )
+        if index in compressed:
+            found[index] = (keys.detach().float(), values.detach().float())
+        elif index not in skipped:
+            raise TQError(f"metrics has layer {index}, which is not compressed; leave it out")
+    return found

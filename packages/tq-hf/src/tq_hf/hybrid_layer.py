@@ -22,7 +22,7 @@ class CompressedHybridLayer(  # type: ignore[misc, no-untyped-call, override]
 
     Parameters
     ----------
-    options, key_center
+    options, key_center, metrics
         See `CompressedLayer`.
     number_of_states : int
         Recurrent states of the layer.
@@ -31,10 +31,14 @@ class CompressedHybridLayer(  # type: ignore[misc, no-untyped-call, override]
     is_compileable = False
 
     def __init__(
-        self, options: LayerOptions, key_center: Tensor | None = None, number_of_states: int = 1
+        self,
+        options: LayerOptions,
+        key_center: Tensor | None = None,
+        metrics: tuple[Tensor, Tensor] | None = None,
+        number_of_states: int = 1,
     ) -> None:
         _Recurrent.__init__(self, number_of_states=number_of_states)
-        CompressedLayer.__init__(self, options, key_center)
+        CompressedLayer.__init__(self, options, key_center, metrics)
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         """By position, the keys and values; by name, the recurrent states."""

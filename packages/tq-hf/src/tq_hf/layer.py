@@ -48,12 +48,15 @@ class LayerOptions:
         First and last tokens kept as they came.
     config : object
         The model's text configuration. Its ``_attn_implementation`` is read at every update.
+    search : bool
+        Whether codes are searched; see `tq_kernels.encode_tokens`.
     """
 
     fmt: KVFormat
     sink_tokens: int
     window_tokens: int
     config: Any
+    search: bool = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerOptions:
         return self
@@ -75,6 +78,8 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     options : LayerOptions
     key_center : float tensor [kv_heads, head_dim], optional
         Subtracted from the keys before they are encoded.
+    metrics : pair of float tensors [kv_heads, head_dim, head_dim], optional
+        What errors of keys and of values count for when codes are searched.
     """
 
     is_compileable = False
@@ -82,9 +87,15 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     is_sliding = False
     supports_early_init = True
 
-    def __init__(self, options: LayerOptions, key_center: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        options: LayerOptions,
+        key_center: Tensor | None = None,
+        metrics: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
         self.options = options
         self.key_center = key_center
+        self.metrics = metrics
         self.history = CodeHistory()
         self._forget()
 
@@ -121,6 +132,7 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             yield from self.history.tensors()
         if self.key_center is not None:
             yield self.key_center
+        yield from self.metrics or ()
         yield from self.states()
 
     def states(self) -> Iterator[Tensor]:
@@ -178,6 +190,9 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             )
         if center is not None:
             self.key_center = center.to(key_states.device)
+        if self.metrics is not None:
+            one, two = (metric.to(key_states.device) for metric in self.metrics)
+            self.metrics = one, two
         self.fmt = fmt
         self.dtype, self.device = key_states.dtype, key_states.device
         empty = key_states[..., :0, :].clone(), values[..., :0, :].clone()
@@ -252,9 +267,18 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             if self.key_center is not None:
                 keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
                 keys = keys - self.key_center[:, None]
-            codes.append((encode_tokens(keys, self.fmt, "k"), encode_tokens(values, self.fmt, "v")))
+            codes.append(self._codes(keys, values, self.fmt))
         for pair in codes:
             self.history.append(*pair)
+
+    def _codes(self, keys: Tensor, values: Tensor, fmt: KVFormat) -> tuple[TokenCodes, TokenCodes]:
+        """Codes of centred keys and of values [batch, kv_heads, tokens, head_dim]."""
+        search = self.options.search
+        k_metric, v_metric = self.metrics or (None, None)
+        return (
+            encode_tokens(keys, fmt, "k", search=search, metric=k_metric),
+            encode_tokens(values, fmt, "v", search=search, metric=v_metric),
+        )
 
     def _check_update(self, keys: Tensor, values: Tensor) -> None:
         _check_states(keys, values)
@@ -354,6 +378,9 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self._map_batch(lambda x: x.to(device, non_blocking=True))
         if self.key_center is not None:
             self.key_center = self.key_center.to(device, non_blocking=True)
+        if self.metrics is not None:
+            one, two = (metric.to(device, non_blocking=True) for metric in self.metrics)
+            self.metrics = one, two
 
     def offload(self) -> None:
         """Move what is held to the CPU."""

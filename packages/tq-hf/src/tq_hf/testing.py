@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from tq_hf.argument import cache_argument
 from tq_hf.cache import TurboQuantCache
-from tq_hf.layer import BLOCK_TOKENS, CompressedLayer, LayerOptions
+from tq_hf.layer import BLOCK_TOKENS, CompressedLayer
 
 __all__ = ["ReferenceLayer", "feed", "reference_cache"]
 
@@ -28,15 +28,15 @@ class ReferenceLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     Parameters
     ----------
-    options : LayerOptions
-    key_center : float tensor [kv_heads, head_dim] or None
-        As for `CompressedLayer`.
+    layer : CompressedLayer
+        What it stands for.
     """
 
-    def __init__(self, options: LayerOptions, key_center: Tensor | None) -> None:
+    def __init__(self, layer: CompressedLayer) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.options = options
-        self.key_center = key_center
+        self.options = layer.options
+        self.key_center = layer.key_center
+        self.metrics = layer.metrics or (None, None)
         self.coded = 0
 
     def update(
@@ -52,10 +52,13 @@ class ReferenceLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         center = 0.0 if self.key_center is None else self.key_center[:, None]
         wide = torch.promote_types(key_states.dtype, torch.float32)
         part = self.keys[..., start : start + count, :]
-        codes = encode_tokens(part.to(wide) - center, fmt, "k")
+        search, (k_metric, v_metric) = self.options.search, self.metrics
+        codes = encode_tokens(part.to(wide) - center, fmt, "k", search=search, metric=k_metric)
         part[:] = decode_tokens(codes, fmt, "k", wide) + center
         part = self.values[..., start : start + count, :]
-        part[:] = decode_tokens(encode_tokens(part, fmt, "v"), fmt, "v", wide)
+        part[:] = decode_tokens(
+            encode_tokens(part, fmt, "v", search=search, metric=v_metric), fmt, "v", wide
+        )
         self.coded += count
         return seen
 
@@ -76,9 +79,7 @@ def reference_cache(cache: TurboQuantCache) -> Cache:
     """The empty reference of an empty cache."""
     return Cache(
         layers=[
-            ReferenceLayer(layer.options, layer.key_center)
-            if isinstance(layer, CompressedLayer)
-            else copy.deepcopy(layer)
+            ReferenceLayer(layer) if isinstance(layer, CompressedLayer) else copy.deepcopy(layer)
             for layer in cache.layers
         ]
     )

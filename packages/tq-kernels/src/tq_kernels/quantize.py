@@ -27,6 +27,8 @@ __all__ = [
 ]
 
 LARGEST_SCALE = 65504.0
+#: Factors of a vector that a search tries, the nearest codes first.
+SEARCHED = (1.0, *(1 + 0.02 * i for i in range(-10, 11) if i))
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,7 +138,9 @@ def check_finite(x: Tensor, name: str) -> None:
         )
 
 
-def quantize(x: Tensor, fmt: KVFormat, kind: Kind) -> tuple[Tensor, Tensor]:
+def quantize(
+    x: Tensor, fmt: KVFormat, kind: Kind, *, search: bool = False, metric: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Codes and scales of vectors.
 
     Parameters
@@ -145,6 +149,12 @@ def quantize(x: Tensor, fmt: KVFormat, kind: Kind) -> tuple[Tensor, Tensor]:
         Computed in float64 for float64, else in float32.
     fmt : KVFormat
     kind : {"k", "v"}
+    search : bool
+        Whether to try the factors of `SEARCHED` on every vector and take the codes of least error,
+        once their scale is unbiased. Else codes are the nearest.
+    metric : float tensor [kv_heads, head_dim, head_dim], optional
+        Errors ``e`` of a search are compared by ``e @ metric @ e``, for ``x`` [..., kv_heads,
+        tokens, head_dim]. Not given: by their length.
 
     Returns
     -------
@@ -159,6 +169,8 @@ def quantize(x: Tensor, fmt: KVFormat, kind: Kind) -> tuple[Tensor, Tensor]:
     """
     if x.dtype not in FLOATS:
         raise TQError(f"{kind} has dtype {x.dtype}: use float16, bfloat16, float32 or float64")
+    if metric is not None and not search:
+        raise TQError("metric is for a search: add search=True or leave it out")
     checked = values_checked(x)
     if checked:
         check_finite(x, kind)
@@ -173,7 +185,10 @@ def quantize(x: Tensor, fmt: KVFormat, kind: Kind) -> tuple[Tensor, Tensor]:
     y = rotate_unchecked(values, fmt)
     centroids, boundaries = _book_tensors(fmt, kind, y.device, y.dtype)
     unit = y / torch.where(zero, 1.0, norm)[..., None]
-    codes = torch.bucketize(unit, boundaries, right=True, out_int32=True)
+    if search:
+        codes = _searched(unit, centroids, boundaries, _rotated(metric, fmt, unit))
+    else:
+        codes = torch.bucketize(unit, boundaries, right=True, out_int32=True)
     c = centroids[codes]
     if fmt.scale == "none":
         scale = norm
@@ -193,9 +208,42 @@ def quantize(x: Tensor, fmt: KVFormat, kind: Kind) -> tuple[Tensor, Tensor]:
     return codes.to(torch.uint8), to_half(scale)
 
 
-def encode_tokens(x: Tensor, fmt: KVFormat, kind: Kind) -> TokenCodes:
+def _rotated(metric: Tensor | None, fmt: KVFormat, like: Tensor) -> Tensor | None:
+    """The metric of rotated vectors."""
+    if metric is None:
+        return None
+    heads, dim = like.shape[-3] if like.dim() > 2 else None, fmt.head_dim
+    if metric.shape != (heads, dim, dim):
+        raise TQError(
+            f"metric has shape {tuple(metric.shape)} and vectors {tuple(like.shape)}: needs "
+            f"[kv_heads, {dim}, {dim}] and [..., kv_heads, tokens, {dim}]"
+        )
+    matrix = fmt.rotation_matrix(like.device, like.dtype)
+    rotated: Tensor = matrix @ metric.to(like) @ matrix.T
+    return rotated
+
+
+def _searched(unit: Tensor, centroids: Tensor, boundaries: Tensor, metric: Tensor | None) -> Tensor:
+    """Codes of unit vectors, at one of the factors, whose unbiased codeword has least error."""
+    best = torch.full_like(unit[..., :1], torch.inf)
+    codes = torch.zeros_like(unit, dtype=torch.int32)
+    for factor in SEARCHED:
+        tried = torch.bucketize(unit * factor, boundaries, right=True, out_int32=True)
+        c = centroids[tried]
+        product = (unit * c).sum(dim=-1, keepdim=True)
+        error = c / torch.where(product == 0, 1.0, product) - unit
+        weighted = error if metric is None else error @ metric
+        cost = (weighted * error).sum(dim=-1, keepdim=True)
+        better = cost < best
+        codes, best = torch.where(better, tried, codes), torch.where(better, cost, best)
+    return codes
+
+
+def encode_tokens(
+    x: Tensor, fmt: KVFormat, kind: Kind, *, search: bool = False, metric: Tensor | None = None
+) -> TokenCodes:
     """Quantize and pack vectors [..., tokens, head_dim]; see `quantize`."""
-    codes, scales = quantize(x, fmt, kind)
+    codes, scales = quantize(x, fmt, kind, search=search, metric=metric)
     bits = fmt.k_bits if kind == "k" else fmt.v_bits
     return TokenCodes(pack_codes(codes, bits, kind), scales)
 

@@ -1,4 +1,4 @@
-"""Key centers: a vector of each layer and head that is subtracted from the keys.
+"""Key centers: a vector of each layer and head that is subtracted from the keys; and metrics.
 
 A constant added to all keys of a head adds the same to all logits of a query, so attention does
 not see it; what is left after it is subtracted takes fewer bits.
@@ -20,7 +20,15 @@ from transformers import DynamicCache
 from tq_hf.argument import cache_argument
 from tq_hf.model_layers import model_layers
 
-__all__ = ["bias_centers", "key_centers", "key_value_states", "read_centers", "write_centers"]
+__all__ = [
+    "bias_centers",
+    "key_centers",
+    "key_value_states",
+    "read_centers",
+    "read_metrics",
+    "write_centers",
+    "write_metrics",
+]
 
 
 @torch.no_grad()
@@ -127,20 +135,59 @@ def read_centers(path: str | os.PathLike[str]) -> dict[int, Tensor]:
     TQError
         If it is no such file.
     """
+    centers = {}
+    for name, tensor in _read(path).items():
+        prefix, _, layer = name.rpartition(".")
+        if prefix != "key_center" or not layer.isdecimal() or tensor.dim() != 2:
+            raise TQError(f"{path} has {name!r}, which is no key center; run `tq calibrate`")
+        centers[int(layer)] = tensor
+    return centers
+
+
+def write_metrics(
+    metrics: dict[int, tuple[Tensor, Tensor]], path: str | os.PathLike[str], source: str
+) -> None:
+    """Write metrics of `tq_hf.verify.feedback.error_metrics`, with a line on their source."""
+    tensors = {
+        f"metric.{layer}.{kind}": metric.float().cpu().contiguous()
+        for layer, pair in metrics.items()
+        for kind, metric in zip("kv", pair, strict=True)
+    }
+    save_file(tensors, path, metadata={"format": "tq-metrics-1", "source": source})
+
+
+def read_metrics(path: str | os.PathLike[str]) -> dict[int, tuple[Tensor, Tensor]]:
+    """Read what `write_metrics` wrote, as ``TurboQuantCache(metrics=…)`` takes it.
+
+    Raises
+    ------
+    TQError
+        If it is no such file.
+    """
+    tensors = _read(path)
+    layers = sorted(
+        {int(x) for x in (n.split(".")[1] for n in tensors if "." in n) if x.isdecimal()}
+    )
+    pairs = {i: (f"metric.{i}.k", f"metric.{i}.v") for i in layers}
+    if tensors.keys() != {name for pair in pairs.values() for name in pair}:
+        raise TQError(
+            f"{path} has {sorted(tensors)[0]!r} and {len(tensors) - 1} more tensors, which are no "
+            "metrics; run `tq calibrate --metrics`"
+        )
+    return {i: (tensors[k], tensors[v]) for i, (k, v) in pairs.items()}
+
+
+def _read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Tensors of a file, in float32."""
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise TQError(
             f"{path} cannot be read as safetensors ({error}); run `tq calibrate`"
         ) from None
-    centers = {}
     for name, tensor in tensors.items():
-        prefix, _, layer = name.rpartition(".")
-        if prefix != "key_center" or not layer.isdecimal() or tensor.dim() != 2:
-            raise TQError(f"{path} has {name!r}, which is no key center; run `tq calibrate`")
         if not bool(torch.isfinite(tensor).all()):
             raise TQError(f"{path} has numbers in {name!r} that are not finite; run `tq calibrate`")
-        centers[int(layer)] = tensor.float()
-    if not centers:
-        raise TQError(f"{path} holds no key center; run `tq calibrate`")
-    return centers
+    if not tensors:
+        raise TQError(f"{path} holds nothing; run `tq calibrate`")
+    return {name: tensor.float() for name, tensor in tensors.items()}

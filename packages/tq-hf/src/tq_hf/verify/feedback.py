@@ -1,4 +1,4 @@
-"""Codes of a vector chosen together: error feedback in a metric of the model, and scale search.
+"""Codes of a vector chosen together: error feedback in a metric of the model.
 
 What a rounded key costs is the error of its logits, ``(q . e)^2`` over the queries ``q``; what a
 rounded value costs is the error after the output projection ``W``, ``|W e|^2``. Both are
@@ -26,15 +26,14 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from tq_hf.model_layers import model_layers
 from tq_hf.verify.attending import attending
 
-__all__ = ["SEARCHED", "encode_with_feedback", "encode_with_search", "error_metrics"]
+__all__ = ["encode_with_feedback", "error_metrics"]
 
 IMPLEMENTATION = "tq_query_probe"
 #: Share of the mean energy that is added to the diagonal of a metric.
 _DAMPING = 0.01
-#: Factors of a vector that scale search tries.
-SEARCHED = tuple(1 + 0.02 * i for i in range(-10, 11))
 _SUMS: ContextVar[dict[int, Tensor] | None] = ContextVar("query_sums", default=None)
 
 
@@ -54,30 +53,6 @@ def _book(fmt: KVFormat, kind: Kind) -> tuple[Tensor, Tensor]:
 def _packed(codes: Tensor, scale: Tensor, fmt: KVFormat, kind: Kind) -> TokenCodes:
     bits = fmt.k_bits if kind == "k" else fmt.v_bits
     return TokenCodes(pack_codes(codes, bits, kind), to_half(scale))
-
-
-def encode_with_search(x: Tensor, fmt: KVFormat, kind: Kind) -> TokenCodes:
-    """Codes of vectors at the scale, of those in `SEARCHED`, that leaves the least angle.
-
-    Parameters
-    ----------
-    x : float tensor [..., tokens, head_dim]
-    fmt : KVFormat
-        Its scale is not used: scales are unbiased.
-    kind : {"k", "v"}
-    """
-    unit, norm = _unit(x, fmt)
-    centroids, boundaries = _book(fmt, kind)
-    codes = torch.zeros(unit.shape, dtype=torch.uint8)
-    cosine = torch.full(norm.shape, -torch.inf)
-    for factor in SEARCHED:
-        tried = torch.bucketize(unit * factor, boundaries, right=True).to(torch.uint8)
-        c = centroids[tried.int()]
-        found = (unit * c).sum(-1, keepdim=True) / c.norm(dim=-1, keepdim=True)
-        better = found > cosine
-        codes, cosine = torch.where(better, tried, codes), torch.where(better, found, cosine)
-    product = (unit * centroids[codes.int()]).sum(-1)
-    return _packed(codes, norm[..., 0] / torch.where(product == 0, 1.0, product), fmt, kind)
 
 
 def encode_with_feedback(
@@ -132,15 +107,32 @@ def error_metrics(model: Any, windows: Iterable[Tensor]) -> dict[int, tuple[Tens
     windows : iterable of int64 tensors [batch, tokens]
         Calibration text, for the second moments of the queries; those of values come from the
         weights.
+
+    Raises
+    ------
+    TQError
+        For models that are built otherwise.
     """
+    layers = getattr(getattr(model, "model", None), "layers", ())
+    full = [i for i, layer in enumerate(model_layers(model.config)) if layer.kind == "full"]
+    parts: list[Any] = [
+        getattr(getattr(layer, "self_attn", None), "o_proj", None) for layer in layers
+    ]
+    missing = [i for i in full if i >= len(parts) or parts[i] is None]
+    if missing:
+        raise TQError(
+            f"{type(model).__name__} has no model.layers[i].self_attn.o_proj in layers {missing}: "
+            "metrics are for models built as Llama is; search without them"
+        )
     sums: dict[int, Tensor] = {}
     with attending(model, IMPLEMENTATION, _SUMS, sums):
         for ids in windows:
             model(input_ids=ids, use_cache=False)
     found = {}
-    for layer, keys in sums.items():
+    for layer in full:
+        keys = sums[layer]
         kv_heads, dim, _ = keys.shape
-        projection = model.model.layers[layer].self_attn.o_proj.weight.double()
+        projection = parts[layer].weight.double()
         split = projection.reshape(projection.shape[0], kv_heads, -1, dim)
         found[layer] = (keys, torch.einsum("ohgd,ohge->hde", split, split))
     return found

@@ -196,6 +196,8 @@ def measure(
             centers = options.get("key_center")
             if centers is not None:
                 bits["key_center"] = {layer: centers[layer]}
+            if options.get("metrics") is not None:
+                bits["metrics"] = {layer: options["metrics"][layer]}
             return make_cache(**bits)
 
         sensitivities = sweep_layers(model, windows[:2], numbers, make_base, only, chunk)
@@ -208,8 +210,8 @@ def measure(
         baseline=baseline,
         dataset=dataset,
         dtype=str(model.dtype).removeprefix("torch."),
-        cache={k: v for k, v in options.items() if k != "key_center"}
-        | {"key_center": "key_center" in options and options["key_center"] is not None},
+        cache={k: v for k, v in options.items() if k not in ("key_center", "metrics")}
+        | {name: options.get(name) is not None for name in ("key_center", "metrics")},
         base_bytes_per_token=plain,
         bytes_per_token=coded,
         layers=layers,

@@ -26,7 +26,7 @@ from tq_kernels.codec import Kind
 from tq_kernels.format import ScaleName
 
 from tq_hf.bits import EXACT
-from tq_hf.verify.feedback import encode_with_feedback, encode_with_search
+from tq_hf.verify.feedback import encode_with_feedback
 from tq_hf.verify.simulate import RoundedHistory, Rounding
 
 __all__ = [
@@ -81,11 +81,11 @@ def turboquant(
         Bits of keys and values of every layer, in place of the format's; here 16 may stand for
         one half of a layer alone.
     metrics : mapping of int to pair of tensors, optional
-        Of `tq_hf.verify.feedback.error_metrics`, to encode with error feedback.
+        Of `tq_hf.verify.feedback.error_metrics`, to encode with error feedback, or to search with.
     carry : bool
         As for `tq_hf.verify.feedback.encode_with_feedback`.
     search : bool
-        Whether to search the scale; see `tq_hf.verify.feedback.encode_with_search`.
+        Whether to search codes; see `tq_kernels.encode_tokens`.
     options
         Of `RoundedHistory`.
     """
@@ -99,12 +99,11 @@ def turboquant(
                 return x
             own = replace(own, k_bits=bits, v_bits=bits)
         wide = torch.promote_types(x.dtype, torch.float32)
-        if metrics is not None:
-            codes = encode_with_feedback(x, own, kind, metrics[layer][half], carry=carry)
-        elif search:
-            codes = encode_with_search(x, own, kind)
+        metric = None if metrics is None else metrics[layer][half]
+        if metric is not None and not search:
+            codes = encode_with_feedback(x, own, kind, metric, carry=carry)
         else:
-            codes = encode_tokens(x, own, kind)
+            codes = encode_tokens(x, own, kind, search=search, metric=metric)
         return decode_tokens(codes, own, kind, wide)
 
     return RoundedHistory(
