@@ -6,13 +6,14 @@ Writes ``results/quality-MODEL.json``. Every configuration is a `RoundedHistory`
 1,024 tokens of held-out text in one pass, each query seeing old tokens rounded and the first 4 and
 the last 32 to 47 as they came, with the unbiased scale (unless the configuration says otherwise).
 One text of each package in turn; the first 64 predictions of a window are not scored. Calibrated
-centers come from the held-out text of einops, which is not measured; so do metrics of error
-feedback and bits by layer. Runs on one CPU core in about 25 minutes a model.
+centers come from the held-out text of einops, which is not measured; so do metrics of codes, bits by
+layer and balanced weights. Runs on one CPU core in about 25 minutes a model.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import platform
 import time
@@ -27,6 +28,7 @@ import transformers
 from rich.progress import track
 from torch import Tensor
 from tq_hf import TurboQuantCache
+from tq_hf.balance import balance
 from tq_hf.models import held_out_text, load_model
 from tq_hf.verify.calibration import bias_centers, key_centers, key_value_states
 from tq_hf.verify.feedback import error_metrics
@@ -57,16 +59,27 @@ ROTATIONS = {
 }
 ENDS = ((0, 0), (4, 0), (0, 32), (4, 32), (4, 128))
 BOUNDARIES = ((), (0,), (0, -1), (0, 1, -2, -1))
+#: Weights of the group "balance", and what is balanced in them.
+BALANCED = {
+    "nothing": None,
+    "keys": {"values": False},
+    "values": {"keys": False},
+    "keys and values": {},
+}
 #: Bytes of a token and KV head that bits by layer are proposed for.
 BUDGETS = (136, 132, 116, 100, 84, 76)
 
 
 @dataclass
 class Setting:
-    """A configuration, what it does, and the tables it belongs to."""
+    """A configuration, what it does, and the tables it belongs to.
+
+    ``model`` is the one whose keys and values are rounded, if it is not the one itself.
+    """
 
     name: str
     history: RoundedHistory
+    model: Any = None
     groups: list[str] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -74,9 +87,11 @@ class Setting:
 class Settings(dict[str, Setting]):
     """Configurations by name; one that is asked for twice belongs to both tables."""
 
-    def put(self, group: str, name: str, history: RoundedHistory, **options: Any) -> None:
+    def put(
+        self, group: str, name: str, history: RoundedHistory, model: Any = None, **options: Any
+    ) -> None:
         """Add a configuration to a table."""
-        setting = self.setdefault(name, Setting(name, history))
+        setting = self.setdefault(name, Setting(name, history, model))
         setting.groups.append(group)
         setting.options |= options
 
@@ -217,7 +232,33 @@ def settings(model: Any, tokenizer: Any) -> Settings:
         center = ", centred as ours" if biased else ""
         history = integers(dim, 4, centers=usual, **ends)
         out.put("ends", f"INT4 + Hadamard{center}{label}", history, **ends)
+    put_balanced(out, model, windows)
     return out
+
+
+def put_balanced(out: Settings, model: Any, windows: list[Tensor]) -> None:
+    """Balanced weights and searched codes; keys are centred in all of them, on either model."""
+    dim = model.config.head_dim
+    for weights, halves in BALANCED.items():
+        changed = copy.deepcopy(model)
+        if halves is not None:
+            balance(changed, windows, **halves)
+        centers, metrics = key_centers(changed, windows), error_metrics(changed, windows)
+        ways: dict[str, dict[str, Any]] = {"nearest": {}}
+        whole = weights in ("nothing", "keys and values")
+        if whole:
+            ways["search"] = {"search": True}
+            ways["search in the metric"] = {"search": True, "metrics": metrics}
+            ways["error feedback"] = {"metrics": metrics}
+        for bits in (4, 3, 2) if whole else (4,):
+            for codes, options in ways.items():
+                show = {"k_bits": bits, "v_bits": bits, "balanced": weights, "codes": codes}
+                history = turboquant(KVFormat(dim, bits, bits), centers=centers, **options)
+                name = f"K{bits}V{bits}, centred, balanced {weights}, {codes}"
+                out.put("balance", name, history, changed, **show)
+        history = integers(dim, 4, centers=centers)
+        name = f"INT4 + Hadamard, centred, balanced {weights}"
+        out.put("balance", name, history, changed, balanced=weights, codes="nearest")
 
 
 def sensitivities(
@@ -310,7 +351,7 @@ def measure(
         start = time.perf_counter()
         parts = []
         for part, reference in zip(batches, base, strict=True):
-            other = logits(model, part[:, :-1], setting.history)
+            other = logits(setting.model or model, part[:, :-1], setting.history)
             parts += [
                 compare_logits(r[UNSCORED:], o[UNSCORED:], row[UNSCORED + 1 :])
                 for r, o, row in zip(reference, other, part, strict=True)

@@ -78,6 +78,7 @@ def model_names() -> dict[str, Any]:
     layers = range(model.config.num_hidden_layers)
     return {
         "centers": {layer: torch.zeros(heads) for layer in layers},
+        "metrics": {layer: (torch.eye(heads[1]).repeat(heads[0], 1, 1),) * 2 for layer in layers},
         "copy": copy,
         "torch": torch,
         "model": model,

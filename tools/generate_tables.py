@@ -510,7 +510,7 @@ def quality_ablation(group: str, *shown: str) -> str:
         rounded = (
             f"K{row['k_bits']}V{row['v_bits']}"
             if "k_bits" in row
-            else name.partition(", 0 sinks")[0]
+            else name.partition(", 0 sinks")[0].partition(", centred, balanced")[0]
         )
         keys = [rounded if key == "format" else quality_option(row[key]) for key in shown]
         # Bytes of a token and head, on average over six layers of two heads.
@@ -718,6 +718,12 @@ def quality_codes() -> str:
     return quality_ablation("codes", "format", "codes")
 
 
+@table("quality-balance")
+def quality_balance() -> str:
+    """Balanced weights, and searched codes with and without them."""
+    return quality_ablation("balance", "format", "balanced", "codes")
+
+
 @table("quality-paper")
 def quality_paper() -> str:
     """The paper's fractional rates, and our codes of as many bytes or fewer."""
@@ -739,6 +745,8 @@ def quality_paper() -> str:
     return markdown(header, rows)
 
 
+#: Name of a configuration with all that leaves bytes and decoding as they are.
+BALANCED = "{}, centred, balanced keys and values, search in the metric"
 #: Targets of the cosine of each layer's keys and values.
 LEAST_COSINE = {"K4V4": 0.99, "K4V3": 0.98}
 
@@ -780,6 +788,7 @@ def quality_targets() -> str:
         for label, name in (
             ("4 bits", "K4V4"),
             ("4 bits, by layer", "bits by layer, 136 bytes"),
+            ("K4V4, balanced and searched", BALANCED.format("K4V4")),
         ):
             row = found[name]
             share = row["kl_mean"] / integers["kl_mean"]

@@ -29,7 +29,7 @@ from tq_kernels import KVFormat
 
 pytest.importorskip("typer")
 import typer
-from tq_hf.verify.command import calibrate, verify
+from tq_hf.verify.command import balance, calibrate, verify
 from transformers import DynamicCache
 from typer.testing import CliRunner
 
@@ -447,6 +447,7 @@ def app() -> typer.Typer:
     made = typer.Typer(pretty_exceptions_enable=False)
     made.command("verify")(verify)
     made.command("calibrate")(calibrate)
+    made.command("balance")(balance)
     return made
 
 
@@ -489,6 +490,38 @@ def test_a_model_with_large_key_biases_fails_and_is_rescued_by_centring(tmp_path
     assert png.read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_balanced_model_with_searched_codes(tmp_path: Path) -> None:
+    folder, out = tmp_path / "balanced", tmp_path / "out.json"
+    centers, metrics = (str(tmp_path / f"{name}.safetensors") for name in ("centers", "metrics"))
+    small = ("--windows", "1", "--tokens", "256")
+    command = ("balance", "tiny", str(folder), "--samples", "1")
+    made = run(*command, *small)
+    assert made.exit_code == 2, made.output
+    assert "4096 in all" in made.output
+    made = run(*command)
+    assert made.exit_code == 0, made.output
+    again = run(*command)
+    assert again.exit_code == 2, again.output
+    assert "not an empty folder" in again.output
+    made = run("calibrate", str(folder), "--out", centers, "--metrics", metrics)
+    assert made.exit_code == 0, made.output
+    common = (*QUICK, "--k-bits", "3", "--v-bits", "3", "--json", str(out), "--threshold", "none")
+    kl = []
+    for arguments in (
+        ("tiny",),
+        (str(folder), "--key-center", centers, "--search", "--metrics", metrics),
+    ):
+        made = run("verify", *arguments, *common)
+        assert made.exit_code == 0, made.output
+        numbers = json.loads(out.read_text())
+        kl.append(numbers["scores"]["kl_mean"])
+    assert kl[1] < kl[0]
+    assert numbers["cache"]["search"] is numbers["cache"]["metrics"] is True
+    made = run("calibrate", "tiny-large-bias", "--dataset", "bias", "--metrics", metrics)
+    assert made.exit_code == 2, made.output
+    assert "--metrics needs text" in made.output
+
+
 def test_what_a_sweep_proposes_can_be_run(tmp_path: Path) -> None:
     out, again = tmp_path / "sweep.json", tmp_path / "again.json"
     quick = ("--tokens", "128", "--windows", "1", "--no-tasks", "--generate", "0", "--chunk", "64")
@@ -522,6 +555,7 @@ def test_what_a_sweep_proposes_can_be_run(tmp_path: Path) -> None:
         (("tiny", "--layer-bits", "9=8/4"), "layer 9"),
         (("tiny", "--dataset", "missing.txt"), "missing.txt"),
         (("tiny", "--key-center", "missing.safetensors"), "tq calibrate"),
+        (("tiny", "--search", "--metrics", "missing.safetensors"), "tq calibrate"),
         (("./missing/model",), "./missing/model"),
     ],
 )

@@ -1,4 +1,4 @@
-"""``tq verify``: measure a compressed cache on a model, and ``tq calibrate`` for its keys."""
+"""``tq verify`` measures a compressed cache; ``tq calibrate`` and ``tq balance`` prepare for it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-__all__ = ["calibrate", "verify"]
+__all__ = ["balance", "calibrate", "verify"]
 
 ModelArgument = Annotated[
     str, typer.Argument(help="tiny, tiny-large-bias, or the folder of a transformers model.")
@@ -73,6 +73,10 @@ def verify(
     key_center: Annotated[
         Path | None, typer.Option(help="Key centers that `tq calibrate` wrote.")
     ] = None,
+    search: Annotated[bool, typer.Option(help="Search codes of less error.")] = False,
+    metrics: Annotated[
+        Path | None, typer.Option(help="For --search: what `tq calibrate --metrics` wrote.")
+    ] = None,
     dataset: Annotated[str, typer.Option(help="builtin, or a UTF-8 text file.")] = "builtin",
     windows: Annotated[int, typer.Option(min=1, help="Pieces of text to predict.")] = 4,
     tokens: Annotated[int, typer.Option(min=128, help="Tokens of a piece.")] = 1024,
@@ -128,7 +132,7 @@ def verify(
             from tq_core import TQError
 
             from tq_hf.bits import parse_layer_bits
-            from tq_hf.verify.calibration import read_centers
+            from tq_hf.verify.calibration import read_centers, read_metrics
             from tq_hf.verify.measure import measure
             from tq_hf.verify.report import parse_thresholds
             from tq_hf.verify.texts import load_any_model, read_texts, token_windows
@@ -144,6 +148,8 @@ def verify(
                 "skip_layers": None if skip_layers is None else _numbers(skip_layers),
                 "layer_bits": None if layer_bits is None else parse_layer_bits(layer_bits),
                 "key_center": None if key_center is None else read_centers(key_center),
+                "search": search or None,
+                "metrics": None if metrics is None else read_metrics(metrics),
             }
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", UserWarning)
@@ -206,6 +212,9 @@ def calibrate(
     dataset: Annotated[
         str, typer.Option(help="builtin, a UTF-8 text file, or bias: from the weights alone.")
     ] = "builtin",
+    metrics: Annotated[
+        Path | None, typer.Option(help="File to write what errors count for, for a search.")
+    ] = None,
     windows: Annotated[int, typer.Option(min=1, help="Pieces of text.")] = 4,
     tokens: Annotated[int, typer.Option(min=16, help="Tokens of a piece.")] = 1024,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
@@ -215,25 +224,64 @@ def calibrate(
     notes = Console(stderr=True)
     with notes.status("loading PyTorch and the model") as status:
         try:
-            from tq_hf.models import held_out_text
-            from tq_hf.verify.calibration import bias_centers, key_centers, write_centers
-            from tq_hf.verify.texts import (
-                CALIBRATION,
-                load_any_model,
-                read_texts,
-                token_windows,
-            )
+            from tq_core import TQError
 
+            from tq_hf.verify.calibration import (
+                bias_centers,
+                key_centers,
+                write_centers,
+                write_metrics,
+            )
+            from tq_hf.verify.feedback import error_metrics
+            from tq_hf.verify.texts import calibration_windows, load_any_model
+
+            if dataset == "bias" and metrics is not None:
+                raise TQError("--metrics needs text: give another --dataset than bias")
             net, tokenizer = load_any_model(model, dtype, device)
             status.update("reading keys")
             if dataset == "bias":
                 centers = bias_centers(net, tokens)
             else:
-                own = [held_out_text(CALIBRATION)] if dataset == "builtin" else read_texts(dataset)
-                pieces = token_windows(tokenizer, own, tokens, windows, device)
+                pieces = calibration_windows(tokenizer, dataset, tokens, windows, device)
                 centers = key_centers(net, pieces)
+                if metrics is not None:
+                    write_metrics(error_metrics(net, pieces), metrics, f"{model}, {dataset}")
             write_centers(centers, out, f"{model}, {dataset}")
         except (ValueError, RuntimeError, OSError) as error:
             raise _fail(notes, "calibrate", error) from None
     size = max(float(c.norm(dim=-1).max()) for c in centers.values())
     Console().print(f"{out}: {len(centers)} layers, largest norm {size:.1f}")
+
+
+def balance(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Argument(help="Folder for the balanced model.")],
+    keys: Annotated[bool, typer.Option(help="Balance keys, too.")] = True,
+    dataset: Annotated[str, typer.Option(help="builtin, or a UTF-8 text file.")] = "builtin",
+    windows: Annotated[int, typer.Option(min=1, help="Pieces of text.")] = 4,
+    tokens: Annotated[int, typer.Option(min=65, help="Tokens of a piece.")] = 1024,
+    samples: Annotated[int, typer.Option(min=1, help="Gradients of a piece.")] = 4,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the gradients.")] = 0,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="Where to run, such as cuda.")] = "cpu",
+) -> None:
+    """Write a model that computes the same and whose keys and values lose less by rounding."""
+    notes = Console(stderr=True)
+    with notes.status("loading PyTorch and the model") as status:
+        try:
+            from tq_core import TQError
+
+            from tq_hf.balance import balance as balance_model
+            from tq_hf.verify.texts import calibration_windows, load_any_model
+
+            if out.exists() and (not out.is_dir() or any(out.iterdir())):
+                raise TQError(f"{out} is not an empty folder; name a new one")
+            net, tokenizer = load_any_model(model, dtype, device)
+            status.update("balancing")
+            pieces = calibration_windows(tokenizer, dataset, tokens, windows, device)
+            balance_model(net, pieces, keys=keys, samples=samples, seed=seed)
+            net.save_pretrained(out)
+            tokenizer.save_pretrained(out)
+        except (ValueError, RuntimeError, OSError) as error:
+            raise _fail(notes, "balance", error) from None
+    Console().print(f"{out}: the balanced model; calibrate it anew", highlight=False)

@@ -14,6 +14,7 @@ from tq_hf.models import available_models, held_out_documents, held_out_text, lo
 __all__ = [
     "CALIBRATION",
     "builtin_texts",
+    "calibration_windows",
     "load_any_model",
     "read_texts",
     "start_token",
@@ -124,3 +125,11 @@ def token_windows(
     if not pieces or len(pieces[0]) + len(start) < 2:
         raise TQError("the text holds fewer than 2 tokens; give a longer one")
     return [torch.tensor([start + piece], device=device) for piece in pieces[:count]]
+
+
+def calibration_windows(
+    tokenizer: Any, dataset: str, window: int, count: int, device: Any = "cpu"
+) -> list[Tensor]:
+    """Windows of text to calibrate on: a UTF-8 file, or ``builtin``, which is not measured on."""
+    texts = [held_out_text(CALIBRATION)] if dataset == "builtin" else read_texts(dataset)
+    return token_windows(tokenizer, texts, window, count, device)
