@@ -47,7 +47,7 @@ SPILLS = {
     (64, 4): 32,
     (128, 1): 64,
     (128, 2): 64,
-    (128, 4): 160,
+    (128, 4): 64,
     (256, 1): 96,
 }
 #: Fewest tiles of 64 tokens that a program attends.
@@ -339,7 +339,7 @@ def aot_variants() -> list[Variant]:
                     spills=SPILLS[dim, blocks],
                     aligned=aligned,
                     targets=targets,
-                    quick=(dim, k_bits, v_bits, options) == (128, 4, 4, False) and rows == 4,
+                    quick=(dim, k_bits, v_bits, options) == (128, 4, 4, False),
                 )
             )  # fmt: skip
     return found

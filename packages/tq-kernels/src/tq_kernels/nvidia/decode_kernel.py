@@ -410,17 +410,17 @@ def decode_partials(
                 PAGE,
                 SPREAD,
             )
-            words = query
+            rows = query
             if NB == 4:
                 # Held from tile to tile they would push other registers into memory.
                 for n in tl.static_range(NB):
-                    words = words + _prepared(q_digits, pair * NB + n, lane_g, lane_t, D)
+                    rows = rows + _prepared(q_digits, pair * NB + n, lane_g, lane_t, D)
             state = _attend(
                 keys,
                 values,
                 k_scales,
                 v_scales,
-                words,
+                rows,
                 affine,
                 limits,
                 starts,
