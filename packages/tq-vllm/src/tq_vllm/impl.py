@@ -45,6 +45,7 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
         attn_type: str = AttentionType.DECODER,
         kv_sharing_target_layer_name: str | None = None,
         sinks: Tensor | None = None,
+        mm_prefix_clamp_sliding_window: bool = False,
         **other: Any,
     ) -> None:
         self.num_heads = num_heads
@@ -71,6 +72,8 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
             "attn_type": attn_type,
             "kv_sharing_target_layer_name": kv_sharing_target_layer_name,
             **({} if sinks is None else {"sinks": sinks}),
+            # Of images, windows only hide earlier tokens, whatever this says.
+            **({"mm_prefix_clamp_sliding_window": True} if mm_prefix_clamp_sliding_window else {}),
             **other,
         }
         self._check(alibi_slopes, attn_type, other)
@@ -103,9 +106,6 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
             f"the arguments {', '.join(other)}": bool(other),
             "decode context parallelism": (
                 getattr(self.vllm_config.parallel_config, "decode_context_parallel_size", 1) > 1
-            ),
-            "multimodal prefixes, whose tokens attend to later ones": bool(
-                getattr(self.vllm_config.model_config, "is_mm_prefix_lm", False)
             ),
         }
         for reason, refused in reasons.items():
@@ -184,6 +184,8 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
         batch = attn_metadata
         pages, fmt = self._pages(kv_cache)
         decodes, first = batch.num_decodes, batch.num_decode_tokens
+        stored = self.settings.prefill == "stored" or self.kv_sharing_target_layer_name is not None
+        sums: list[Tensor] = []
         if decodes:
             several = batch.max_decode_query_len > 1
             these = Decodes(
@@ -193,7 +195,7 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
                 batch.seq_lens[:decodes],
                 batch.query_start_loc[: decodes + 1] if several else None,
             )
-            self.ops.decode(query[:first], these, output[:first])
+            sums += [self.ops.decode(query[:first], these, output[:first])]
         if batch.num_prefills:
             rows = slice(first, batch.num_tokens)
             assert batch.prefill_start_loc is not None and batch.context_lens is not None
@@ -208,8 +210,15 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
                 batch.prefill_context_lens,
             )
             # A layer that shares another's cache may be given no keys of its own.
-            if self.settings.prefill == "stored" or self.kv_sharing_target_layer_name is not None:
-                self.ops.prefill_stored(query[rows], new, output[rows])
+            if stored:
+                sums += [self.ops.prefill_stored(query[rows], new, output[rows])]
             else:
-                self.ops.prefill(query[rows], key[rows], value[rows], new, output[rows])
+                sums += [self.ops.prefill(query[rows], key[rows], value[rows], new, output[rows])]
+        for start, last in batch.spans:
+            span = slice(start, last + 1)
+            if stored:
+                k, v = self.ops.stored(pages, batch.slot_mapping[span], fmt, query.dtype)
+            else:
+                k, v = key[span], value[span]
+            self.ops.see_later(query[span], k, v, output[span], torch.cat(sums)[span])
         return output

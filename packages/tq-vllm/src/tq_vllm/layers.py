@@ -63,7 +63,9 @@ def choose(settings: Settings, vllm_config: Any, layer: str, windowed: bool) -> 
 
 
 @cache
-def _backend_of_vllm(head_size: int, dtype: torch.dtype, sink: bool, sliding: bool) -> type[Any]:
+def _backend_of_vllm(
+    head_size: int, dtype: torch.dtype, sink: bool, sliding: bool, images: bool
+) -> type[Any]:
     """Backend that vLLM would choose if none was asked for."""
     from vllm.utils.import_utils import resolve_obj_by_qualname
 
@@ -79,6 +81,7 @@ def _backend_of_vllm(head_size: int, dtype: torch.dtype, sink: bool, sliding: bo
         block_size=None,
         has_sink=sink,
         has_sliding_window=sliding,
+        use_mm_prefix=images,
     )
     path = current_platform.get_attn_backend_cls(None, attn_selector_config=config)
     found: type[Any] = resolve_obj_by_qualname(path)
@@ -101,8 +104,9 @@ def keep_at_16_bits(
         Of the model's activations.
     """
     sinks, windowed = "sinks" in arguments, arguments["sliding_window"] is not None
+    images = bool(getattr(vllm_config.model_config, "is_mm_prefix_lm", False))
     with set_current_vllm_config(vllm_config):
-        backend = _backend_of_vllm(arguments["head_size"], act_dtype, sinks, windowed)
+        backend = _backend_of_vllm(arguments["head_size"], act_dtype, sinks, windowed, images)
         own = backend.get_impl_cls()(**arguments | {"kv_cache_dtype": "auto"})
     own.process_weights_after_loading(act_dtype)
     layer.attn_backend = backend

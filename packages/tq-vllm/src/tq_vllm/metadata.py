@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -54,6 +54,8 @@ class TurboQuantMetadata(AttentionMetadata):
         Tokens of each prefill that were stored before this step.
     prefill_query_lens, prefill_context_lens : list of int, optional
         New and stored tokens of each prefill, where they are known on the host.
+    spans : list of pairs of int
+        First and last new tokens, in the batch, of images whose tokens all see each other.
     """
 
     block_table: torch.Tensor
@@ -69,6 +71,30 @@ class TurboQuantMetadata(AttentionMetadata):
     context_lens: torch.Tensor | None
     prefill_query_lens: list[int] | None
     prefill_context_lens: list[int] | None
+    spans: list[tuple[int, int]] = field(default_factory=list)
+
+
+def _spans(common: Any) -> list[tuple[int, int]]:
+    """What multimodal prefixes span of the new tokens; vLLM counts from the sequence's first."""
+    ranges = getattr(common, "mm_req_doc_ranges", None)
+    if not ranges or not any(ranges.values()):
+        return []
+    starts, lengths = common.query_start_loc_cpu.tolist(), common.seq_lens_cpu_upper_bound
+    if lengths is None:
+        raise TQError(
+            "this version of vLLM does not tell lengths of sequences with images on the host; "
+            "serve this model without --attention-backend CUSTOM"
+        )
+    found = []
+    for request, images in ranges.items():
+        start, stop = starts[request : request + 2]
+        # Where token 0 of the sequence would be in the batch.
+        origin = stop - int(lengths[request])
+        for first, last in images:
+            inside = max(origin + first, start), min(origin + last, stop - 1)
+            if inside[0] < inside[1]:
+                found.append(inside)
+    return found
 
 
 def _host_lengths(common: Any, decodes: int, prefills: int) -> tuple[list[int], list[int] | None]:
@@ -129,6 +155,7 @@ class TurboQuantMetadataBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
             context_lens=context,
             prefill_query_lens=new_lens,
             prefill_context_lens=stored_lens,
+            spans=_spans(common),
         )
 
     def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> TurboQuantMetadata:

@@ -17,8 +17,11 @@ from torch import Tensor
 from tq_kernels import (
     DecodePlan,
     KVFormat,
+    attend_dense,
     decode_ref,
     dequantize,
+    dequantize_ref,
+    merge_states,
     prefill_ref,
     store,
     store_ref,
@@ -152,9 +155,21 @@ class EagerOps:
         """Compress keys and values [tokens, kv_heads, head_dim] into their slots."""
         store_ref(self.centered(k), v, pages, slots, fmt)
 
-    def decode(self, q: Tensor, batch: Decodes, out: Tensor) -> None:
-        """Attention of the last few tokens of sequences on what is stored, into ``out``."""
-        result, _ = decode_ref(
+    def stored(
+        self, pages: Tensor, slots: Tensor, fmt: KVFormat, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values of slots as they are stored, [slots, kv_heads, head_dim]."""
+        k, v = self._dequantize(pages, slots, fmt, dtype)
+        return k if self.key_center is None else (k + self.key_center).to(k.dtype), v
+
+    _dequantize = staticmethod(dequantize_ref)
+
+    def decode(self, q: Tensor, batch: Decodes, out: Tensor) -> Tensor:
+        """Attention of the last few tokens of sequences on what is stored, into ``out``.
+
+        Returns the logarithms of the sums of the softmax, float32 [tokens, heads].
+        """
+        result, lse = decode_ref(
             q,
             batch.pages,
             batch.block_table,
@@ -165,10 +180,14 @@ class EagerOps:
             **self.shape.options,
         )
         out.copy_(result)
+        return lse
 
-    def prefill(self, q: Tensor, k: Tensor, v: Tensor, batch: Prefills, out: Tensor) -> None:
-        """Attention of new tokens on each other and on what was stored before, into ``out``."""
-        result, _ = prefill_ref(
+    def prefill(self, q: Tensor, k: Tensor, v: Tensor, batch: Prefills, out: Tensor) -> Tensor:
+        """Attention of new tokens on each other and on what was stored before, into ``out``.
+
+        Returns what `decode` does.
+        """
+        result, lse = prefill_ref(
             q,
             k,
             v,
@@ -181,12 +200,35 @@ class EagerOps:
             **self.shape.options,
         )
         out.copy_(result)
+        return lse
 
-    def prefill_stored(self, q: Tensor, batch: Prefills, out: Tensor) -> None:
+    def prefill_stored(self, q: Tensor, batch: Prefills, out: Tensor) -> Tensor:
         """As ``prefill``, but new tokens see each other as they are stored in their slots."""
         starts = batch.cu_query_lens
         seq_lens = batch.context_lens + starts[1:] - starts[:-1]
-        self.decode(q, Decodes(batch.pages, batch.fmt, batch.block_table, seq_lens, starts), out)
+        new = Decodes(batch.pages, batch.fmt, batch.block_table, seq_lens, starts)
+        return self.decode(q, new, out)
+
+    def see_later(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
+        """Add to causal attention of some tokens in a row what they see of the later ones.
+
+        Parameters
+        ----------
+        q, out : tensors [tokens, heads, head_dim]
+        k, v : tensors [tokens, kv_heads, head_dim]
+        lse : float32 tensor [tokens, heads]
+            Of the attention in ``out``.
+        """
+        later = torch.ones(len(q), len(q), dtype=torch.bool, device=q.device).triu(1)
+        more, more_lse = attend_dense(
+            *(x.transpose(0, 1)[None] for x in (q, k, v)),
+            softmax_scale=self.shape.softmax_scale,
+            soft_cap=self.shape.soft_cap,
+            mask=later,
+            chunk=256,
+        )
+        merged, _ = merge_states(out, lse, more[0].transpose(0, 1), more_lse[0].T)
+        out.copy_(merged)
 
 
 @lru_cache(maxsize=16)
@@ -271,7 +313,9 @@ class FusedOps(EagerOps):
     def store(self, k: Tensor, v: Tensor, pages: Tensor, slots: Tensor, fmt: KVFormat) -> None:
         store(self.centered(k), v, pages, slots, fmt)
 
-    def decode(self, q: Tensor, batch: Decodes, out: Tensor) -> None:
+    _dequantize = staticmethod(dequantize)
+
+    def decode(self, q: Tensor, batch: Decodes, out: Tensor) -> Tensor:
         longest = 1 if batch.cu_query_lens is None else self.shape.max_decode_query_len
         plan, lse = _decode_plan(self.shape, batch.fmt, longest, q.dtype, q.device)
         plan.run(
@@ -284,8 +328,9 @@ class FusedOps(EagerOps):
             cu_query_lens=batch.cu_query_lens,
             **self.extras,
         )
+        return lse[: q.shape[0]]
 
-    def prefill(self, q: Tensor, k: Tensor, v: Tensor, batch: Prefills, out: Tensor) -> None:
+    def prefill(self, q: Tensor, k: Tensor, v: Tensor, batch: Prefills, out: Tensor) -> Tensor:
         plan, lse = _prefill_plan(self.shape, batch.fmt, q.dtype, q.device)
         plan.run(
             q,
@@ -301,9 +346,8 @@ class FusedOps(EagerOps):
             context_lens_host=batch.context_lens_host,
             **self.extras,
         )
+        return lse[: q.shape[0]]
 
-    def prefill_stored(self, q: Tensor, batch: Prefills, out: Tensor) -> None:
-        k, v = dequantize(batch.pages, batch.slots, batch.fmt, q.dtype)
-        if self.key_center is not None:
-            k = (k + self.key_center).to(k.dtype)
-        self.prefill(q, k, v, batch, out)
+    def prefill_stored(self, q: Tensor, batch: Prefills, out: Tensor) -> Tensor:
+        k, v = self.stored(batch.pages, batch.slots, batch.fmt, q.dtype)
+        return self.prefill(q, k, v, batch, out)

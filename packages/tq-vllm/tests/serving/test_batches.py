@@ -44,6 +44,8 @@ class Case:
     dtype: torch.dtype = torch.float32
     shared: bool = False
     fused: bool = False
+    #: Images: sequence, and the first and last of its tokens.
+    images: tuple[tuple[int, int, int], ...] = ()
 
     def __str__(self) -> str:
         default = Case()
@@ -51,6 +53,8 @@ class Case:
         return "-".join(str(c).replace("torch.", "") for c in changed) or "default"
 
 
+#: In the middle of new tokens, at both ends of them, two of a sequence, of stored tokens, of one.
+IMAGES = ((0, 3, 9), (0, 12, 16), (1, 0, 5), (1, 38, 47), (2, 35, 39), (3, 40, 40), (3, 60, 69))
 CASES = [
     Case(),
     Case(prefill="stored"),
@@ -72,6 +76,11 @@ CASES = [
     Case(fused=True),
     Case(fused=True, window=20, layout="BLHNC"),
     Case(fused=True, prefill="stored", speculated=2, window=20, sinks=True),
+    Case(images=IMAGES),
+    Case(images=IMAGES, window=20, sinks=True, soft_cap=5.0),
+    Case(images=IMAGES, prefill="stored"),
+    Case(images=IMAGES, speculated=2),
+    Case(images=IMAGES, fused=True),
 ]
 
 
@@ -82,7 +91,7 @@ def vllm_config(tiny):
     return EngineArgs(str(tiny), dtype="float32", max_model_len=256).create_engine_config()
 
 
-def attention(q, k, v, positions, case, sinks):
+def attention(q, k, v, positions, case, sinks, images=()):
     """Plain attention of queries at ``positions`` on keys 0, 1, 2 … in float64."""
     group = case.heads // case.kv_heads
     k, v = (x.double().repeat_interleave(group, dim=1) for x in (k, v))
@@ -93,6 +102,9 @@ def attention(q, k, v, positions, case, sinks):
     hidden = keys > positions[:, None]
     if case.window is not None:
         hidden |= keys <= positions[:, None] - case.window
+    for first, last in images:
+        inside = [(first <= x) & (x <= last) for x in (positions, keys)]
+        hidden &= ~(inside[0][:, None] & inside[1])
     logits = logits.masked_fill(hidden, -math.inf)
     if sinks is not None:
         column = sinks.double()[:, None, None].expand(-1, len(q), 1)
@@ -123,6 +135,10 @@ def test_batches_agree_with_attention_on_dequantized_pages(vllm_config, monkeypa
     monkeypatch.setenv("TQ_V_BITS", str(case.v_bits))
     monkeypatch.setenv("TQ_PREFILL", case.prefill)
     lengths, new = BATCHES[batch]
+    images = {
+        row: [(a, b) for r, a, b in case.images if r == row and b < lengths[row]]
+        for row in range(len(lengths))
+    }
     torch.manual_seed(len(batch) + case.dim)
     sinks = torch.randn(case.heads) if case.sinks else None
 
@@ -214,6 +230,7 @@ def test_batches_agree_with_attention_on_dequantized_pages(vllm_config, monkeypa
         block_table_tensor=table,
         slot_mapping=mapping,
         seq_lens_cpu_upper_bound=torch.tensor(lengths, dtype=torch.int32),
+        **({"mm_req_doc_ranges": images} if case.images else {}),
     )
     metadata = builder.build(0, common)
     threshold = case.speculated + 1
@@ -239,9 +256,11 @@ def test_batches_agree_with_attention_on_dequantized_pages(vllm_config, monkeypa
         positions = torch.arange(n - m, n)
         part = q[starts[row] : starts[row + 1]]
         got = out[starts[row] : starts[row + 1]].double()
-        want = attention(part, kept_k, kept_v, positions, case, sinks)
+        # Only new tokens see later ones: those before are in the cache, as they were computed.
+        seen = [(max(a, n - m), b) for a, b in images[row]]
+        want = attention(part, kept_k, kept_v, positions, case, sinks, seen)
         torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
-        exact = attention(part, *whole[row], positions, case, sinks)
+        exact = attention(part, *whole[row], positions, case, sinks, seen)
         errors.append(((got - exact).square().sum(), exact.square().sum()))
     assert out[rows:].isnan().all()
     error, energy = (float(sum(x)) for x in zip(*errors, strict=True))

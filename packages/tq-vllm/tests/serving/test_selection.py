@@ -101,6 +101,7 @@ def test_selection() -> None:
     assert reasons() == []
     assert reasons(head_size=80, has_sink=True, has_sliding_window=True, block_size=48) == []
     assert reasons(dtype=torch.float16, kv_cache_dtype="bfloat16", use_kv_connector=True) == []
+    assert reasons(use_mm_prefix=True) == []
     refused = {
         "MLA not supported": {"use_mla": True},
         "head_size not supported": {"head_size": 72},
@@ -109,7 +110,6 @@ def test_selection() -> None:
         "block_size not supported": {"block_size": 8},
         "attention type encoder_only not supported": {"attn_type": "encoder_only"},
         "sparse not supported": {"use_sparse": True},
-        "partial multimodal token full attention not supported": {"use_mm_prefix": True},
         "non-causal attention not supported": {"use_non_causal": True},
         "compute capability not supported": {"device_capability": DeviceCapability(7, 5)},
     }
@@ -156,17 +156,16 @@ def test_contexts_split_over_devices_are_refused(tiny, monkeypatch) -> None:
         TurboQuantImpl(num_heads=2, head_size=64, scale=0.125, num_kv_heads=2)
 
 
-def test_a_model_whose_images_attend_to_later_tokens_is_refused(tiny, monkeypatch) -> None:
+def test_layers_take_images_that_windows_hide_in_part(tiny) -> None:
+    """As Gemma 4 asks for."""
     from tq_vllm.impl import TurboQuantImpl
     from vllm.config import set_current_vllm_config
     from vllm.engine.arg_utils import EngineArgs
 
     config = EngineArgs(str(tiny), max_model_len=64).create_engine_config()
     with set_current_vllm_config(config):
-        TurboQuantImpl(2, 64, 0.125, 2)
-        monkeypatch.setitem(vars(config.model_config), "is_mm_prefix_lm", True)
-        with pytest.raises(TQError, match="multimodal prefixes"):
-            TurboQuantImpl(2, 64, 0.125, 2)
+        impl = TurboQuantImpl(2, 64, 0.125, 2, mm_prefix_clamp_sliding_window=True)
+    assert impl.arguments["mm_prefix_clamp_sliding_window"] is True
 
 
 def test_specifications_of_other_layers_are_refused() -> None:
