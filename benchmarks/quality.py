@@ -240,13 +240,15 @@ def put_balanced(out: Settings, model: Any, windows: list[Tensor]) -> None:
     """Balanced weights and searched codes; keys are centred in all of them, on either model."""
     dim = model.config.head_dim
     for weights, halves in BALANCED.items():
-        changed = copy.deepcopy(model)
+        changed = model
         if halves is not None:
+            changed = copy.deepcopy(model)
             balance(changed, windows, **halves)
-        centers, metrics = key_centers(changed, windows), error_metrics(changed, windows)
+        centers = key_centers(changed, windows)
         ways: dict[str, dict[str, Any]] = {"nearest": {}}
         whole = weights in ("nothing", "keys and values")
         if whole:
+            metrics = error_metrics(changed, windows)
             ways["search"] = {"search": True}
             ways["search in the metric"] = {"search": True, "metrics": metrics}
             ways["error feedback"] = {"metrics": metrics}

@@ -122,6 +122,11 @@ def thousands(number: int) -> str:
     return f"{number // 1024}k" if number % 1024 == 0 else str(number)
 
 
+def size(shape: dict[str, Any]) -> str:
+    """Batch × context."""
+    return f"{shape['batch']} × {thousands(shape['context'])}"
+
+
 def microseconds(entry: dict[str, Any], name: str) -> str:
     """Median of a kernel, and how many times ours that is."""
     kernel = entry["kernels"].get(name)
@@ -171,7 +176,7 @@ def gpu_machine() -> str:
 def gpu_decode() -> str:
     """Decode of the headline shapes beside every peer."""
     peers = (FA3, "FlashAttention 3 fp8", "vLLM turboquant_4bit_nc", "vLLM int4_per_token_head")
-    return gpu_rows("decode", lambda s: f"{s['batch']} × {thousands(s['context'])}", peers)
+    return gpu_rows("decode", size, peers)
 
 
 @table("gpu-bits")
@@ -179,8 +184,7 @@ def gpu_bits() -> str:
     """Decode with other bits."""
 
     def label(shape: dict[str, Any]) -> str:
-        size = f"{shape['batch']} × {thousands(shape['context'])}"
-        return f"K{shape['k_bits']}V{shape['v_bits']}, {size}"
+        return f"K{shape['k_bits']}V{shape['v_bits']}, {size(shape)}"
 
     return gpu_rows("bits", label, (FA3,))
 
@@ -188,18 +192,14 @@ def gpu_bits() -> str:
 @table("gpu-queries")
 def gpu_queries() -> str:
     """Decode of several query tokens a sequence, against one."""
-    ones = {
-        (e["shape"]["batch"], e["shape"]["context"]): e["kernels"][OURS]["ms"]["p50"]
-        for e in gpu("decode")
-    }
+    ones = {size(e["shape"]): e["kernels"][OURS]["ms"]["p50"] for e in gpu("decode")}
     rows = []
     for entry in gpu("queries"):
         shape = entry["shape"]
-        size = (shape["batch"], shape["context"])
-        one, time = ones.get(size), entry["kernels"][OURS]["ms"]["p50"]
+        one, time = ones.get(size(shape)), entry["kernels"][OURS]["ms"]["p50"]
         rows.append(
             (
-                f"{shape['query_len']} tokens, {size[0]} × {thousands(size[1])}",
+                f"{shape['query_len']} tokens, {size(shape)}",
                 microseconds(entry, OURS),
                 "–" if one is None else f"{time / one:.2f}x",
                 microseconds(entry, FA3),
@@ -289,43 +289,36 @@ def gpu_prefill() -> str:
     )
 
 
-def variant_label(shape: dict[str, Any]) -> str:
-    """Batch × context and what differs from one query of the usual heads."""
-    label = f"{shape['batch']} × {thousands(shape['context'])}"
-    if shape["heads"] != 32:
-        label += f", group {shape['heads'] // 8}"
-    if shape["query_len"] > 1:
-        label += f", {shape['query_len']} tokens"
-    return label
+def variants(
+    entries: Sequence[dict[str, Any]], kinds: Sequence[str], before: Sequence[float]
+) -> list[tuple[str, ...]]:
+    """Lines of variants of decode, each beside what it was before."""
+    rows = []
+    for entry, us in zip(entries, before, strict=True):
+        shape, taken = entry["shape"], entry["us"]
+        several = f", {shape['query_len']} tokens" if shape["query_len"] > 1 else ""
+        cells = (f"{taken[kind]:.1f} ({taken[kind] / us:.2f}x)" for kind in kinds)
+        rows.append((size(shape) + several, f"{us:.1f}", *cells))
+    return rows
 
 
 @table("decode-start")
 def decode_start() -> str:
     """What starting early changed, in one run on an H100."""
     kinds = ("early start", "first values fetched", "programs by table")
-    rows = []
-    for entry in load("benchmarks/results/variants-h100.json")["decode_start"]["rows"]:
-        taken = entry["us"]
-        if "before" in taken:
-            before = taken["before"]
-            cells = (f"{taken[k]:.1f} ({taken[k] / before:.2f}x)" for k in kinds)
-            rows.append((variant_label(entry["shape"]), f"{before:.1f}", *cells))
+    found = load("benchmarks/results/variants-h100.json")["decode_start"]["rows"]
+    entries = [entry for entry in found if "before" in entry["us"]]
+    rows = variants(entries, kinds, [entry["us"]["before"] for entry in entries])
     return markdown(("", "before µs", *(f"{kind} µs" for kind in kinds)), rows)
 
 
 @table("decode-wide")
 def decode_wide() -> str:
     """Four query tokens on fp16 tensor cores, against the kernel of the other tables."""
-    measured = load("benchmarks/results/gpu-h200.json")["sections"]["queries"]
-    rows = []
-    kinds: list[str] = []
-    for entry in load("benchmarks/results/variants-h200.json")["decode"]:
-        shape, taken = entry["shape"], entry["us"]
-        kinds = list(taken)
-        same = [r for r in measured if all(r["shape"][k] == v for k, v in shape.items())]
-        kept = same[0]["kernels"]["TurboQuant"]["ms"]["p50"] * 1e3
-        cells = (f"{taken[k]:.1f} ({taken[k] / kept:.2f}x)" for k in kinds)
-        rows.append((variant_label(shape), f"{kept:.1f}", *cells))
+    entries = load("benchmarks/results/variants-h200.json")["decode"]
+    kinds = list(entries[0]["us"])
+    kept = {size(e["shape"]): e["kernels"][OURS]["ms"]["p50"] * 1e3 for e in gpu("queries")}
+    rows = variants(entries, kinds, [kept[size(entry["shape"])] for entry in entries])
     return markdown(("", "int8 µs", *(f"{kind} µs" for kind in kinds)), rows)
 
 

@@ -25,6 +25,7 @@ def sweep() -> None:
     """Store, dequantize, rotate, decode and prefill of each format, on few tokens."""
     import torch
     from tq_kernels import KVFormat, decode, dequantize, prefill, rotate, store
+    from tq_kernels.testing import random_cache
 
     device = "cuda" if torch.cuda.is_available() else "cpu"  # the interpreter
     rng = torch.Generator(device).manual_seed(0)
@@ -34,18 +35,9 @@ def sweep() -> None:
 
     for dim, k_bits, v_bits, page_size in FORMATS:
         fmt = KVFormat(dim, k_bits, v_bits, page_size=page_size)
-        lengths = [1, page_size + 1, 150]
-        pages_each = -(-max(lengths) // page_size)
-        pages = torch.zeros(3 * pages_each, 2, fmt.record_bytes, dtype=torch.uint8, device=device)
-        table = torch.randperm(3 * pages_each, device=device).reshape(3, -1).int()
-        seq_lens = torch.tensor(lengths, dtype=torch.int32, device=device)
-        slots = torch.cat(
-            [
-                table[n].long().repeat_interleave(page_size)[:length] * page_size
-                + torch.arange(length, device=device) % page_size
-                for n, length in enumerate(lengths)
-            ]
-        )
+        cache = random_cache(fmt, 2, [1, page_size + 1, 150]).to(device)
+        pages, table, seq_lens = cache.pages, cache.block_table, cache.seq_lens
+        slots = torch.cat([cache.slots(n) for n in range(3)])
         store(normal(len(slots), 2, dim), normal(len(slots), 2, dim), pages, slots, fmt)
         dequantize(pages, slots, fmt)
         rotate(normal(5, 2, dim), fmt)
@@ -70,7 +62,7 @@ def main() -> int:
         sweep()
         return 0
     import torch
-    import triton
+    from tq_kernels.bench.suite import machine
 
     command = [sys.executable, __file__, "--sweep"]
     subprocess.run(command, check=True)  # compiles, which need not be watched
@@ -98,9 +90,7 @@ def main() -> int:
         result = {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "commit": os.environ.get("TQ_COMMIT"),
-            "device": torch.cuda.get_device_name(),
-            "torch": torch.__version__,
-            "triton": triton.__version__,
+            "machine": machine(torch.device("cuda")),
             "formats": [dict(zip(("head_dim", "k_bits", "v_bits", "page_size"), f, strict=True))
                         for f in FORMATS],
             "tools": found,

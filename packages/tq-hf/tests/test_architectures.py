@@ -9,7 +9,7 @@ import torch
 import transformers
 from tq_hf import TurboQuantCache
 from tq_hf.layer import CompressedLayer
-from tq_hf.testing import ReferenceLayer, feed, reference_cache
+from tq_hf.testing import SMALL_MODEL, ReferenceLayer, feed, reference_cache
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -37,12 +37,7 @@ def build(config: Any, implementation: str, dtype: Any = None) -> Any:
 
 def small(**changes: Any) -> dict[str, Any]:
     return {
-        "vocab_size": 97,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
+        **SMALL_MODEL,
         "head_dim": 64,
         "initializer_range": 0.2,
         "max_position_embeddings": 512,

@@ -12,6 +12,7 @@ from torch import Tensor
 from tq_core import TQError
 from tq_hf.balance import _gradients, _states, balance
 from tq_hf.models import held_out_text
+from tq_hf.testing import SMALL_MODEL
 from tq_hf.verify.calibration import key_value_states
 from tq_hf.verify.roundings import turboquant
 from tq_hf.verify.scores import compare_logits, summarize
@@ -31,12 +32,7 @@ from transformers import (
 )
 
 SMALL: dict[str, Any] = {
-    "vocab_size": 97,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+    **SMALL_MODEL,
     "head_dim": 32,
     "initializer_range": 0.2,
     "pad_token_id": 0,

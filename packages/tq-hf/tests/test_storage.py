@@ -14,18 +14,10 @@ from safetensors.torch import save_file
 from tq_core import TQError
 from tq_hf import TurboQuantCache
 from tq_hf.demo_measure import held_bytes
-from tq_hf.testing import feed
+from tq_hf.testing import SMALL_MODEL, feed
 from transformers import Gemma2Config, LlamaConfig
 
-SHAPE = {
-    "vocab_size": 97,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 80,
-}
+SHAPE = SMALL_MODEL | {"head_dim": 80}
 LLAMA = LlamaConfig(**SHAPE)
 GEMMA = Gemma2Config(**SHAPE, sliding_window=24)
 

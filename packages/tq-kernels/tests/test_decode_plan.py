@@ -6,6 +6,9 @@ import pytest
 import torch
 from tq_core import TQError
 from tq_kernels import DecodePlan, KVFormat, decode, decode_ref
+from tq_kernels.nvidia import decode as nvidia
+from tq_kernels.nvidia import ptx_emulator
+from tq_kernels.nvidia.tile_loads import rows_of_a_line
 from tq_kernels.testing import random_cache
 
 GPU = torch.cuda.is_available() and torch.version.hip is None
@@ -14,10 +17,11 @@ LENGTHS = [1, 15, 16, 17, 63, 64, 65, 128, 1000, 0, 700]
 on_gpu = pytest.mark.skipif(not GPU, reason="needs an NVIDIA GPU")
 
 
-def check(fmt, heads, kv_heads, lengths, counts, dtype, *, kernels, seed=0, **options):
+def check(fmt, heads, kv_heads, lengths, counts, dtype, *, kernels, seed=0, width=0, **options):
     """Compare a plan with float64: the error is at most twice that of the eager operation.
 
-    Output, LSE and what no sequence uses of the cache are poisoned before.
+    Output, LSE and what no sequence uses of the cache are poisoned before. The block table gets
+    ``width`` columns if it has fewer.
     """
     cache = random_cache(fmt, kv_heads, lengths, seed=seed, key_spread=2.0)
     rng = torch.Generator().manual_seed(seed)
@@ -39,12 +43,13 @@ def check(fmt, heads, kv_heads, lengths, counts, dtype, *, kernels, seed=0, **op
     )
     assert plan.kernels == kernels
     here = cache.to(DEVICE)
+    more = max(0, width - here.block_table.shape[1])
     out = torch.full_like(q, torch.nan).to(DEVICE)
     lse = torch.full(q.shape[:2], torch.nan, device=DEVICE)
     plan.run(
         q.to(DEVICE),
         here.pages,
-        here.block_table,
+        torch.nn.functional.pad(here.block_table, (0, more)),
         here.seq_lens,
         out,
         lse,
@@ -233,3 +238,117 @@ def test_a_plan_names_what_it_cannot_take():
     lse = torch.empty(2, 4, device=DEVICE)
     with pytest.raises(TQError, match="larger plan"):
         plan.run(q, cache.pages, cache.block_table, cache.seq_lens, q, lse)
+
+
+@pytest.fixture
+def one_multiprocessor(monkeypatch):
+    """A CPU that passes for an NVIDIA GPU with one multiprocessor, its PTX emulated."""
+    if torch.cuda.is_available():
+        pytest.skip("tested on the GPU itself")
+    ptx_emulator.install(monkeypatch)
+    monkeypatch.setattr(nvidia, "unsupported", lambda spec: None)
+    monkeypatch.setattr(nvidia, "_of_device", lambda device: ((8, 0), 1))
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "k_bits", "v_bits"),
+    [(64, 4, 4), (64, 3, 2), (128, 4, 4), (128, 3, 3), (128, 2, 8), (128, 8, 2), (256, 4, 3)],
+)
+def test_emulated_formats(one_multiprocessor, head_dim, k_bits, v_bits):
+    check(
+        KVFormat(head_dim, k_bits, v_bits),
+        4,
+        1,
+        [1, 63, 130, 0],
+        [1, 1, 1, 0],
+        torch.float16,
+        kernels="nvidia",
+    )
+
+
+def test_every_way_to_share_lines_is_among_the_formats():
+    pairs = [(64, 4), (64, 3), (128, 4), (128, 3), (128, 2), (128, 8), (256, 4)]
+    assert {rows_of_a_line(*pair) for pair in pairs} == {1, 2, 4}
+
+
+@pytest.mark.parametrize("heads", [1, 7, 16])
+def test_emulated_groups(one_multiprocessor, heads):
+    check(KVFormat(128, 4, 4), heads, 1, [65, 16], [1, 1], torch.float16, kernels="nvidia")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"width": 64},
+        {"soft_cap": 15.0, "sliding_window": 70, "sinks": torch.linspace(-2, 3, 4)},
+        {"key_center": torch.linspace(-1, 1, 128).reshape(1, 128), "softmax_scale": 0.2},
+    ],
+    ids=["plain", "window", "center"],
+)
+def test_emulated_several_queries(one_multiprocessor, options):
+    check(KVFormat(128, 4, 4), 4, 1, [70, 17], [4, 2], torch.float16, kernels="nvidia", **options)
+
+
+def test_emulated_other_rotations(one_multiprocessor):
+    check(
+        KVFormat(64, 3, 3, rotation="haar", seed=5),
+        4,
+        1,
+        [70],
+        [1],
+        torch.float16,
+        kernels="nvidia",
+    )
+
+
+def test_emulated_two_heads(one_multiprocessor):
+    check(KVFormat(64, 4, 4), 4, 2, [70, 17], [1, 1], torch.float16, kernels="nvidia")
+
+
+def test_wrong_codes_would_be_seen(one_multiprocessor, monkeypatch):
+    """The emulation computes what the text says: another text gives another result."""
+    permute = ptx_emulator.INSTRUCTIONS["prmt.b32"]
+    swapped = {"prmt.b32": lambda a, b, selector: permute(b, a, selector)}
+    monkeypatch.setattr(ptx_emulator, "INSTRUCTIONS", {**ptx_emulator.INSTRUCTIONS, **swapped})
+    with pytest.raises(AssertionError):
+        check(KVFormat(128, 4, 4), 4, 1, [65], [1], torch.float16, kernels="nvidia")
+
+
+class Launches:
+    """Stands for a kernel, and notes with which constants it is launched."""
+
+    def __init__(self):
+        self.seen = set()
+
+    def __getitem__(self, grid):
+        return lambda *args, **constants: self.seen.add(tuple(sorted(constants.items())))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="launches nothing: no test of a GPU")
+@pytest.mark.parametrize("query_len", [1, 4])
+def test_warming_up_compiles_what_runs_of_any_size_need(monkeypatch, query_len):
+    monkeypatch.setattr(nvidia, "unsupported", lambda spec: None)
+    monkeypatch.setattr(nvidia, "_of_device", lambda device: ((9, 0), 132))
+    kernels = {n: Launches() for n in ("prepare_queries", "decode_partials", "combine_partials")}
+    for name, kernel in kernels.items():
+        monkeypatch.setattr(nvidia, name, kernel)
+    fmt = KVFormat(128)
+    options = {"max_batch": 40, "max_query_len": query_len, "dtype": torch.float16}
+    plan = DecodePlan(fmt, 32, 8, device="cpu", **options)
+    assert plan.kernels == "nvidia"
+    plan.warm_up()
+    warmed = {name: set(kernel.seen) for name, kernel in kernels.items()}
+    pages = torch.zeros(1, 8, fmt.record_bytes, dtype=torch.uint8)
+    for batch in (1, 3, 8, 33, 40):
+        for width in (1, 7, 8, 64, 500, 9000):
+            q = torch.zeros(batch * query_len, 32, 128, dtype=torch.float16)
+            plan.run(
+                q,
+                pages,
+                torch.zeros(batch, width, dtype=torch.int32),
+                torch.full((batch,), query_len, dtype=torch.int32),
+                torch.empty_like(q),
+                torch.empty(batch * query_len, 32),
+                cu_query_lens=torch.arange(batch + 1, dtype=torch.int32) * query_len,
+            )
+    assert {name: kernel.seen for name, kernel in kernels.items()} == warmed

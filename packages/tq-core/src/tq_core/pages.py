@@ -414,11 +414,9 @@ def encode_record(
     ):
         pages = array.reshape(-1, *page)
         scales = np.empty(pages.shape[:2])
+        book = page_codebook(layout.head_dim, bits)
         for part in chunks(len(pages), math.prod(page)):
-            rows, book = (
-                pages[part].reshape(-1, layout.head_dim),
-                page_codebook(layout.head_dim, bits),
-            )
+            rows = pages[part].reshape(-1, layout.head_dim)
             codes, own = encode_rows(rows, rotation, book, scale, whole=array, name=name)
             scales[part] = own.reshape(-1, layout.page_size)
             packed = pack(codes.reshape(-1, *page), bits)

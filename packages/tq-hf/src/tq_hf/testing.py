@@ -20,7 +20,17 @@ from tq_hf.argument import cache_argument
 from tq_hf.cache import TurboQuantCache
 from tq_hf.layer import BLOCK_TOKENS, CompressedLayer
 
-__all__ = ["ReferenceLayer", "feed", "reference_cache"]
+__all__ = ["SMALL_MODEL", "ReferenceLayer", "feed", "reference_cache"]
+
+#: Sizes of a small model, for configurations of transformers.
+SMALL_MODEL: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 
 
 class ReferenceLayer(DynamicLayer):  # type: ignore[no-untyped-call]

@@ -214,11 +214,13 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
                 sums += [self.ops.prefill_stored(query[rows], new, output[rows])]
             else:
                 sums += [self.ops.prefill(query[rows], key[rows], value[rows], new, output[rows])]
+        lse = torch.cat(sums) if batch.spans else None
         for start, last in batch.spans:
             span = slice(start, last + 1)
             if stored:
                 k, v = self.ops.stored(pages, batch.slot_mapping[span], fmt, query.dtype)
             else:
                 k, v = key[span], value[span]
-            self.ops.see_later(query[span], k, v, output[span], torch.cat(sums)[span])
+            assert lse is not None
+            self.ops.see_later(query[span], k, v, output[span], lse[span])
         return output

@@ -7,6 +7,7 @@ not see it; what is left after it is subtracted takes fewer bits.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -165,9 +166,8 @@ def read_metrics(path: str | os.PathLike[str]) -> dict[int, tuple[Tensor, Tensor
         If it is no such file.
     """
     tensors = _read(path)
-    layers = sorted(
-        {int(x) for x in (n.split(".")[1] for n in tensors if "." in n) if x.isdecimal()}
-    )
+    found = (re.fullmatch(r"metric\.(\d+)\.[kv]", name) for name in tensors)
+    layers = sorted({int(match[1]) for match in found if match})
     pairs = {i: (f"metric.{i}.k", f"metric.{i}.v") for i in layers}
     if tensors.keys() != {name for pair in pairs.values() for name in pair}:
         raise TQError(

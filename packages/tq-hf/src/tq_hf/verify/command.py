@@ -17,6 +17,9 @@ __all__ = ["balance", "calibrate", "verify"]
 ModelArgument = Annotated[
     str, typer.Argument(help="tiny, tiny-large-bias, or the folder of a transformers model.")
 ]
+DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+DeviceOption = Annotated[str, typer.Option(help="Where to run, such as cuda.")]
+PiecesOption = Annotated[int, typer.Option(min=1, help="Pieces of text.")]
 
 
 def _fail(notes: Console, command: str, error: Exception) -> typer.Exit:
@@ -82,8 +85,8 @@ def verify(
     tokens: Annotated[int, typer.Option(min=128, help="Tokens of a piece.")] = 1024,
     chunk: Annotated[int, typer.Option(min=1, help="Tokens fed at a time.")] = 32,
     baseline: Annotated[str, typer.Option(help="fp16, bf16, or model: its own type.")] = "fp16",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str, typer.Option(help="Where to run, such as cuda.")] = "cpu",
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "cpu",
     tasks: Annotated[
         str | None,
         typer.Option(help="Tasks of lm-evaluation-harness, such as piqa,arc_easy; tq-hf[tasks]."),
@@ -215,10 +218,10 @@ def calibrate(
     metrics: Annotated[
         Path | None, typer.Option(help="File to write what errors count for, for a search.")
     ] = None,
-    windows: Annotated[int, typer.Option(min=1, help="Pieces of text.")] = 4,
+    windows: PiecesOption = 4,
     tokens: Annotated[int, typer.Option(min=16, help="Tokens of a piece.")] = 1024,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str, typer.Option(help="Where to run, such as cuda.")] = "cpu",
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "cpu",
 ) -> None:
     """Write the mean key of each layer and head, for the cache's ``key_center``."""
     notes = Console(stderr=True)
@@ -258,12 +261,12 @@ def balance(
     out: Annotated[Path, typer.Argument(help="Folder for the balanced model.")],
     keys: Annotated[bool, typer.Option(help="Balance keys, too.")] = True,
     dataset: Annotated[str, typer.Option(help="builtin, or a UTF-8 text file.")] = "builtin",
-    windows: Annotated[int, typer.Option(min=1, help="Pieces of text.")] = 4,
+    windows: PiecesOption = 4,
     tokens: Annotated[int, typer.Option(min=65, help="Tokens of a piece.")] = 1024,
     samples: Annotated[int, typer.Option(min=1, help="Gradients of a piece.")] = 4,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the gradients.")] = 0,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str, typer.Option(help="Where to run, such as cuda.")] = "cpu",
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "cpu",
 ) -> None:
     """Write a model that computes the same and whose keys and values lose less by rounding."""
     notes = Console(stderr=True)

@@ -193,6 +193,24 @@ def load_tile_keys(
 
 
 @triton.jit
+def _value_record(
+    pages,
+    block_table,
+    tile,
+    last_page,
+    lane_t,
+    page_stride,
+    K_BITS: tl.constexpr,
+    D: tl.constexpr,
+    PAGE: tl.constexpr,
+):
+    """Where the values of the record begin that holds those of a lane, and its first quad there."""
+    token = tile * 64 + lane_t * 16
+    record = _record(pages, block_table, token, last_page, page_stride, PAGE)
+    return record + PAGE * D * K_BITS // 8, token % PAGE // 4
+
+
+@triton.jit
 def load_tile_values(
     pages,
     block_table,
@@ -208,15 +226,13 @@ def load_tile_values(
     SPREAD: tl.constexpr,
 ):
     """Words of the 4 quads of values of a lane, and value scales of the tokens of its keys."""
-    token = tile * 64 + lane_t * 16
-    record = _record(pages, block_table, token, last_page, page_stride, PAGE)
-    quad = token % PAGE // 4
+    record, quad = _value_record(
+        pages, block_table, tile, last_page, lane_t, page_stride, K_BITS, D, PAGE
+    )
     shift = (lane_g & 1) * 2
     values = ()
     for i in tl.static_range(4):
-        values = values + _load_quad(
-            record + PAGE * D * K_BITS // 8, quad + i, shift, lane_g, V_BITS, D, PAGE
-        )
+        values = values + _load_quad(record, quad + i, shift, lane_g, V_BITS, D, PAGE)
     token = first_key(tile, lane_g, SPREAD)
     records = _key_records(pages, block_table, token, last_page, page_stride, SPREAD, PAGE)
     behind = PAGE * D * (K_BITS + V_BITS) // 8 + PAGE * 2
@@ -238,12 +254,12 @@ def fetch_values(
     PAGE: tl.constexpr,
 ):
     """Ask the L2 cache for the values that `load_tile_values` will load."""
-    token = tile * 64 + lane_t * 16
-    record = _record(pages, block_table, token, last_page, page_stride, PAGE)
+    record, quad = _value_record(
+        pages, block_table, tile, last_page, lane_t, page_stride, K_BITS, D, PAGE
+    )
     QUAD: tl.constexpr = D * (2 if V_BITS == 3 else V_BITS) // 2  # of 3 bits, the larger plane
-    start = record + PAGE * D * K_BITS // 8 + token % PAGE // 4 * QUAD
     for i in tl.static_range((4 * QUAD + 1023) // 1024):
-        _fetch(start + tl.minimum(lane_g * 128 + i * 1024, 4 * QUAD - 1))
+        _fetch(record + quad * QUAD + tl.minimum(lane_g * 128 + i * 1024, 4 * QUAD - 1))
 
 
 @triton.jit
