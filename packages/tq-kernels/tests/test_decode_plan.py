@@ -301,6 +301,14 @@ def test_emulated_other_rotations(one_multiprocessor):
     )
 
 
+@pytest.mark.parametrize("rounds", [1, 2, 4])
+@pytest.mark.parametrize(("head_dim", "queries"), [(64, 1), (256, 1), (64, 4)])
+def test_emulated_rounds_of_the_rotation(one_multiprocessor, head_dim, queries, rounds):
+    """One query is rotated by the kernel that attends, four by the kernel before it."""
+    fmt = KVFormat(head_dim, 4, 4, rounds=rounds, seed=7)
+    check(fmt, 4, 1, [70], [queries], torch.float16, kernels="nvidia")
+
+
 def test_emulated_two_heads(one_multiprocessor):
     check(KVFormat(64, 4, 4), 4, 2, [70, 17], [1, 1], torch.float16, kernels="nvidia")
 

@@ -97,16 +97,19 @@ def _center(codebook: Codebook) -> float:
     return -0.5 if codebook.bits == 8 else 63.5
 
 
-def _exact_rotation(matrix: Tensor) -> tuple[Tensor, float]:
+def _hadamard_scale(fmt: KVFormat) -> float:
+    """What a Hadamard rotation is times a matrix of integers: each round adds ``D**-0.5``."""
+    return float(fmt.head_dim) ** (-fmt.rounds / 2)
+
+
+def _exact_rotation(fmt: KVFormat) -> tuple[Tensor, float]:
     """A rotation as ``scale`` times an fp16 matrix if that is exact, else as float32."""
-    dim = matrix.shape[0]
-    if dim & (dim - 1) == 0:
-        for rounds in (1, 3, 2):
-            scale = float(dim) ** (-rounds / 2)
-            integers = matrix.double() / scale
-            rounded = integers.round()
-            if (integers - rounded).abs().max() < 1e-6 and rounded.abs().max() <= 2048:
-                return rounded.half(), scale
+    matrix = fmt.rotation_matrix("cpu", torch.float64)
+    if fmt.rotation == "hadamard":
+        scale = _hadamard_scale(fmt)
+        integers = (matrix / scale).round()
+        if integers.abs().max() <= 2048:
+            return integers.half(), scale
     return matrix.float(), 1.0
 
 
@@ -197,13 +200,15 @@ class NvidiaDecodePlan:
         self._k_table, self._v_table = _table(keys), _table(values)
         self._k_center, self._v_center = _center(keys), _center(values)
         self._v_step = step_of(fmt, "v")
-        matrix, scale = _exact_rotation(fmt.rotation_matrix("cpu", torch.float64))
+        matrix, scale = _exact_rotation(fmt)
         self._inverse, self._inverse_scale = matrix.to(device).contiguous(), scale
         self._forward = matrix.T.to(device).contiguous()
         self._precision = "tf32" if matrix.dtype == torch.float16 else "ieee"
-        self._logit_scale = spec.scale * LOG2E * step_of(fmt, "k") * scale
 
         self._rotates = _rotates(fmt, self.blocks)
+        # Signs and sums in the kernel give integers times the query, whatever the matrix is.
+        forward_scale = _hadamard_scale(fmt) if self._rotates else scale
+        self._logit_scale = spec.scale * LOG2E * step_of(fmt, "k") * forward_scale
         self._signs = _sign_words(fmt).to(device) if self._rotates else self._forward
 
         pairs = spec.max_batch * spec.kv_heads * self.chunks

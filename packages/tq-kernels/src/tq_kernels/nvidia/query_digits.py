@@ -149,7 +149,7 @@ def query_digits(
         other = shuffle(tl.where(digit == 0, low, high), lane ^ 4)
         first = first + (tl.where(digit == 0, own, other),)
         second = second + (tl.where(digit == 0, other, own),)
-    scale = unit * peak * (logit_scale / 32639.0)
+    scale = unit * (peak * (logit_scale / 32639.0))
     offset = -k_center * total * scale
     source = 8 * t
     affine = (

@@ -95,7 +95,7 @@ def prepare_queries(
     place = (rows * (2 * D)).to(tl.int64)[:, None] + dims[None, :]
     tl.store(q_digits + place, high.to(tl.int8), mask=inside[:, None])
     tl.store(q_digits + place + D, low.to(tl.int8), mask=inside[:, None])
-    scale = unit * peak * (logit_scale / 32639.0)
+    scale = unit * (peak * (logit_scale / 32639.0))
     center = tl.zeros([ROWS], tl.float32)
     if CENTER:
         mu = tl.load(
