@@ -99,7 +99,7 @@ def _center(codebook: Codebook) -> float:
 
 def _hadamard_scale(fmt: KVFormat) -> float:
     """What a Hadamard rotation is times a matrix of integers: each round adds ``D**-0.5``."""
-    return float(fmt.head_dim) ** (-fmt.rounds / 2)
+    return math.pow(fmt.head_dim, -fmt.rounds / 2)
 
 
 def _exact_rotation(fmt: KVFormat) -> tuple[Tensor, float]:
