@@ -37,7 +37,7 @@ def check(got: torch.Tensor, exact: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("bits", [(4, 4), (3, 3), (2, 8), (8, 2)], ids=str)
-@pytest.mark.parametrize("dim", [64, 80, 96, 128, 192, 256])
+@pytest.mark.parametrize("dim", [16, 32, 64, 80, 96, 128, 192, 256])
 def test_sweep(dim: int, bits: tuple[int, int], device: str) -> None:
     fmt = KVFormat(dim, *bits, page_size={64: 16, 80: 32, 96: 64}.get(dim, 128))
     pages = random_pages(fmt, 2, 2, dim).to(device)

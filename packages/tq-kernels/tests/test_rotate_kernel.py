@@ -27,7 +27,7 @@ def worst(x: torch.Tensor, got: torch.Tensor, fmt: KVFormat, inverse: bool) -> f
     return float(np.max(error / np.where(norm == 0, 1.0, norm), initial=0))
 
 
-@pytest.mark.parametrize("dim", [64, 80, 96, 128, 192, 256])
+@pytest.mark.parametrize("dim", [16, 32, 64, 80, 96, 128, 192, 256])
 @pytest.mark.parametrize("dtype", list(ERRORS), ids=str)
 def test_sweep(dtype: torch.dtype, dim: int, device: str) -> None:
     fmt = KVFormat(dim, rotation="haar" if dim == 64 else "hadamard")

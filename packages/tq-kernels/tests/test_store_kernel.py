@@ -72,7 +72,7 @@ def check_stored(
 
 
 @pytest.mark.parametrize("bits", [(4, 4), (3, 3), (2, 8), (8, 2)], ids=str)
-@pytest.mark.parametrize("dim", [64, 80, 96, 128, 192, 256])
+@pytest.mark.parametrize("dim", [16, 32, 64, 80, 96, 128, 192, 256])
 def test_sweep(
     check_quantized: Check,
     vector_families: Families,
@@ -81,7 +81,7 @@ def test_sweep(
     bits: tuple[int, int],
 ) -> None:
     dtype = DTYPES[(dim // 16 + bits[0]) % 3]
-    page = {64: 16, 80: 32, 96: 64, 128: 128, 192: 16, 256: 32}[dim]
+    page = {16: 48, 32: 64, 64: 16, 80: 32, 96: 64, 128: 128, 192: 16, 256: 32}[dim]
     fmt = KVFormat(dim, *bits, page_size=page)
     rng = np.random.default_rng(dim)
     k, v = (torch.from_numpy(vector_families(rng, dim)).to(device, dtype)[:, None] for _ in "kv")
