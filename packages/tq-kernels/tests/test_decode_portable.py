@@ -12,16 +12,10 @@ from tq_core import TQError
 from tq_kernels import KVFormat, decode_ref
 from tq_kernels.attention_spec import AttentionSpec
 from tq_kernels.portable.decode import PortableDecodePlan
-from tq_kernels.testing import attention_f64, random_cache
+from tq_kernels.testing import attention_f64, copy_to, random_cache, rounding_room
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def rounding(dtype, want):
-    """Triton's interpreter truncates to bf16: up to one unit in the last place more."""
-    truncated = DEVICE == "cpu" and dtype == torch.bfloat16
-    return torch.finfo(dtype).eps * float(want.abs().max()) if truncated else 0.0
 
 
 def run_plan(plan, q, cache, cu, **extra):
@@ -33,7 +27,7 @@ def run_plan(plan, q, cache, cu, **extra):
     here = cache.to(device)
     before = here.pages.clone()
     plan.run(
-        q.to(device),
+        copy_to(q, device),
         here.pages,
         here.block_table,
         here.seq_lens,
@@ -73,7 +67,6 @@ def check(fmt, heads, kv_heads, lengths, counts, dtype, *, seed=0, num_splits=2,
     assert torch.equal(lse == -torch.inf, exact_lse == -torch.inf)
     assert bool(torch.isfinite(out).all())
     seen = torch.isfinite(exact_lse)
-    single = torch.finfo(torch.float32).eps
     for got, same_dtype, want in (
         (out, eager, exact),
         (lse[seen], eager_lse[seen], exact_lse[seen]),
@@ -81,8 +74,8 @@ def check(fmt, heads, kv_heads, lengths, counts, dtype, *, seed=0, num_splits=2,
         if want.numel():
             error = float((got.double() - want).abs().max())
             usual = float((same_dtype.double() - want).abs().max())
-            room = 4 * single * (1 + float(want.abs().max())) + rounding(got.dtype, want)
-            assert error <= 2 * usual + room, (error, usual)
+            room = rounding_room(want, got.dtype, DEVICE)
+            assert error <= 2 * usual + room, (error, usual, room)
 
 
 # Every pair of bits, each with another shape.
@@ -108,6 +101,19 @@ def test_error_is_at_most_twice_the_eager_one(bits, dim, page, heads, dtype):
 def test_lengths_around_a_split(length):
     # Splits of two tiles of 64 tokens.
     check(KVFormat(64), 2, 1, [length], [1], torch.float32, num_splits=2)
+
+
+@pytest.mark.parametrize("which", ["out", "lse"])
+def test_an_error_of_one_in_100_000_would_be_seen(monkeypatch, which):
+    run = PortableDecodePlan.run
+
+    def run_with_error(plan, *args, **options):
+        run(plan, *args, **options)
+        args[{"out": 4, "lse": 5}[which]].view(-1)[0] += 1e-5
+
+    monkeypatch.setattr(PortableDecodePlan, "run", run_with_error)
+    with pytest.raises(AssertionError):
+        check(KVFormat(64), 2, 1, [129], [1], torch.float32)
 
 
 @pytest.mark.parametrize("counts", [[3, 1, 0, 2], [5, 5, 1, 1]])

@@ -13,16 +13,10 @@ from tq_kernels.portable.dense import attend_triton
 from tq_kernels.portable.expand_pages import expand_pages, key_order
 from tq_kernels.portable.prefill import PrefillPlan
 from tq_kernels.portable.unpack import value_order
-from tq_kernels.testing import attention_f64, random_cache
+from tq_kernels.testing import attention_f64, random_cache, rounding_room
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SINKS = torch.tensor([0.5, -30.0, 4.0, 60.0])
-
-
-def rounding(dtype, want):
-    """Triton's interpreter truncates to bf16: up to one unit in the last place more."""
-    truncated = DEVICE == "cpu" and dtype == torch.bfloat16
-    return torch.finfo(dtype).eps * float(want.abs().max()) if truncated else 0.0
 
 
 def new_tokens(tokens, heads, kv_heads, dim, dtype, seed=0):
@@ -82,12 +76,11 @@ def check(fmt, contexts, counts, dtype, *, codes_query_len, dense=None, **option
     else:
         assert not {*options, *extra}
         eager, eager_lse = attend_in_16_bits(q, k, v, cache, contexts, counts)
-    single = torch.finfo(torch.float32).eps
     for got, same_dtype, want in ((out, eager, exact), (lse, eager_lse, exact_lse)):
         largest = float((got.double() - want).abs().max())
         usual = float((same_dtype.double() - want).abs().max())
-        room = 4 * single * (1 + float(want.abs().max())) + rounding(got.dtype, want)
-        assert largest <= 2 * usual + room, (largest, usual)
+        room = rounding_room(want, got.dtype, DEVICE)
+        assert largest <= 2 * usual + room, (largest, usual, room)
 
 
 OPTIONS = {
@@ -119,6 +112,19 @@ def test_options_in_mixed_batches(name, codes_query_len):
 def test_expanded_prefix_of_any_format(dim, k_bits, v_bits):
     fmt = KVFormat(dim, k_bits, v_bits, 32, seed=4)
     check(fmt, [41], [2], torch.float32, codes_query_len=0)
+
+
+@pytest.mark.parametrize("which", ["out", "lse"])
+def test_an_error_of_one_in_100_000_would_be_seen(monkeypatch, which):
+    run = PrefillPlan.run
+
+    def run_with_error(plan, *args, **options):
+        run(plan, *args, **options)
+        args[{"out": 7, "lse": 8}[which]].view(-1)[0] += 1e-5
+
+    monkeypatch.setattr(PrefillPlan, "run", run_with_error)
+    with pytest.raises(AssertionError):
+        check(KVFormat(64), [41], [2], torch.float32, codes_query_len=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 from tq_kernels.portable import store as kernel
 from tq_kernels.portable.fields import column_order
 from tq_kernels.portable.rotation_tile import rotation_parts
+from tq_kernels.testing import copy_to
 
 #: Largest distance of a coordinate of a unit vector to a boundary at which the kernel may choose
 #: the other side.
@@ -264,7 +265,9 @@ def test_errors(device: str, change: dict[str, object], match: str) -> None:
         "fmt": fmt,
         **change,
     }
-    moved = {n: x.to(device) if isinstance(x, torch.Tensor) else x for n, x in arguments.items()}
+    moved = {
+        n: copy_to(x, device) if isinstance(x, torch.Tensor) else x for n, x in arguments.items()
+    }
     with pytest.raises(TQError, match=match):
         store(**moved)  # type: ignore[arg-type]
 

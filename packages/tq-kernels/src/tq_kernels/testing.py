@@ -1,4 +1,4 @@
-"""Caches with poison, and plain attention in float64, to test attention operations against."""
+"""Caches with poison, plain attention in float64, and the error that float32 may make."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tq_kernels.format import KVFormat
 from tq_kernels.ops.dequantize import dequantize_ref
 from tq_kernels.ops.store import store_ref
 
-__all__ = ["PagedCache", "attention_f64", "random_cache"]
+__all__ = ["PagedCache", "attention_f64", "copy_to", "random_cache", "rounding_room"]
 
 #: Two such bytes are an fp16 NaN.
 POISON_BYTE = 0x7E
@@ -142,3 +142,32 @@ def attention_f64(
     lse = torch.logsumexp(logits, dim=-1)
     weights = (logits - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]).exp()
     return torch.einsum("qhk,khd->qhd", weights[..., : k.shape[0]], v), lse
+
+
+def rounding_room(want: Tensor, dtype: torch.dtype, device: torch.device | str) -> float:
+    """Error that a kernel may make beyond twice that of eager attention, with weights in float32.
+
+    Four units of float32, of the largest result plus one, for sums in another order. On a GPU as
+    many again: ``exp2`` is right to two units there, in weights and in what rescales them. In
+    Triton's interpreter a unit of bf16, to which it cuts numbers off where a GPU rounds them.
+
+    Parameters
+    ----------
+    want : float tensor
+        The exact results.
+    dtype : torch.dtype
+        What the kernel writes.
+    device : torch.device or str
+        Where it runs; on the CPU that is the interpreter.
+    """
+    largest = float(want.abs().max())
+    on_cpu = torch.device(device).type == "cpu"
+    room = (4 if on_cpu else 8) * torch.finfo(torch.float32).eps * (1 + largest)
+    if on_cpu and dtype == torch.bfloat16:
+        room += torch.finfo(dtype).eps * largest
+    return room
+
+
+def copy_to(x: Tensor, device: torch.device | str) -> Tensor:
+    """A copy on a device with the strides of ``x``; ``x.to`` closes gaps between numbers."""
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device).copy_(x)
