@@ -265,7 +265,7 @@ def tests_gpu(session: nox.Session) -> None:
     install(session, *editable("tq-core", "tq-kernels"), *RUNNERS, constrain=False)
     remedy = "PyTorch sees no GPU; install its build for this machine's driver"
     session.run("python", "-c", f"import torch; assert torch.cuda.is_available(), {remedy!r}")
-    pytest(session, "packages/tq-kernels/tests")
+    session.run("python", "tools/tests_gpu.py", *session.posargs)
 
 
 @nox.session(python=PYTHON)

@@ -9,28 +9,16 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def commit() -> str | None:
-    """The commit of this checkout, or the variable TQ_COMMIT where there is no checkout."""
-    if "TQ_COMMIT" in os.environ:
-        return os.environ["TQ_COMMIT"]
-    command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
 def main() -> int:
     """Run the command line."""
     from tq_kernels.bench.candidates import TurboQuant
-    from tq_kernels.bench.suite import SECTIONS, Suite
+    from tq_kernels.bench.suite import SECTIONS, Suite, commit
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--sections", default=",".join(SECTIONS), help="names, separated by commas")
@@ -49,7 +37,7 @@ def main() -> int:
 
         os.environ[peers.PEERS] = str(arguments.peers.resolve())
         kinds += peers.ALL
-    suite = Suite(kinds, arguments.out, commit=commit(), deadline=arguments.seconds)
+    suite = Suite(kinds, arguments.out, commit=commit(ROOT), deadline=arguments.seconds)
     suite.run(sections, arguments.workers)
     return 0
 

@@ -25,6 +25,7 @@ DOCUMENTS = (
     "docs/presets.md",
     "docs/comparison.md",
     "docs/vllm.md",
+    "docs/development.md",
 )
 MARKER = re.compile(r"<!-- table:([\w-]+) -->\n(.*?)<!-- /table:\1 -->", re.DOTALL)
 TABLES: dict[str, Callable[[], str]] = {}
@@ -320,6 +321,52 @@ def decode_wide() -> str:
     kept = {size(e["shape"]): e["kernels"][OURS]["ms"]["p50"] * 1e3 for e in gpu("queries")}
     rows = variants(entries, kinds, [kept[size(entry["shape"])] for entry in entries])
     return markdown(("", "int8 µs", *(f"{kind} µs" for kind in kinds)), rows)
+
+
+def results(kind: str) -> list[dict[str, Any]]:
+    """Every committed result of a kind, ``KIND-NAME.json``; there may be none."""
+    found = sorted((ROOT / "benchmarks" / "results").glob(f"{kind}-*.json"))
+    return [json.loads(path.read_text(encoding="utf-8")) for path in found]
+
+
+def machine_cells(result: dict[str, Any]) -> tuple[str, ...]:
+    """Device, versions and commit of a result."""
+    machine = result["machine"]
+    versions = [f"driver {machine['driver']}"] if machine.get("driver") else []
+    versions += [f"{name} {machine['packages'][name]}" for name in ("torch", "triton")]
+    return machine["device"], ", ".join(versions), str(result["commit"])[:7]
+
+
+@table("gpu-tests")
+def gpu_tests() -> str:
+    """Runs of the tests on GPUs."""
+    rows = []
+    for result in results("tests"):
+        device, versions, commit = machine_cells(result)
+        counts = [str(result[name]) for name in ("passed", "failed", "skipped")]
+        whole = (
+            f"{result['collected']}" if result["complete"] else f"{result['collected']}, stopped"
+        )
+        rows.append((device, whole, *counts, f"{result['seconds']:.0f}", commit, versions))
+    if not rows:
+        return ""
+    header = ("", "tests", "passed", "failed", "skipped", "seconds", "commit", "versions")
+    return markdown(header, rows, text_last=True)
+
+
+@table("gpu-sanitizer")
+def gpu_sanitizer() -> str:
+    """Runs of the kernels under compute-sanitizer."""
+    rows = []
+    for result in results("sanitizer"):
+        device, versions, commit = machine_cells(result)
+        for tool in ("memcheck", "racecheck"):
+            found = result["tools"][tool]
+            summary = found["summary"] or f"stopped after {found['seconds']:.0f} seconds"
+            rows.append((device, tool, summary, commit, versions))
+    return (
+        markdown(("", "tool", "found", "commit", "versions"), rows, text_last=True) if rows else ""
+    )
 
 
 @table("serving")

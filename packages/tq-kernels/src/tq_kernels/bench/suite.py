@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import subprocess
 import time
 import traceback
 from collections.abc import Sequence
@@ -21,7 +23,7 @@ from tq_kernels.bench import shapes
 from tq_kernels.bench.candidates import LAUNCHED, Candidate, TurboQuant
 from tq_kernels.bench.timing import copy_rate, quantiles, read_rate, rotation, times
 
-__all__ = ["SECTIONS", "Suite", "warm"]
+__all__ = ["SECTIONS", "Suite", "commit", "machine", "warm"]
 
 #: Shapes of each section, the most wanted first.
 SECTIONS: dict[str, tuple[Any, ...]] = {
@@ -46,11 +48,16 @@ def machine(device: torch.device) -> dict[str, Any]:
             packages[name] = version(name)
         except PackageNotFoundError:
             packages[name] = None
-    found: dict[str, Any] = {"device": str(device), "packages": packages}
+    found: dict[str, Any] = {
+        "device": str(device),
+        "python": platform.python_version(),
+        "packages": packages,
+    }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         found |= {
             "device": properties.name,
+            "compute_capability": f"{properties.major}.{properties.minor}",
             "multiprocessors": properties.multi_processor_count,
             "l2_bytes": properties.L2_cache_size,
             "memory_bytes": properties.total_memory,
@@ -58,6 +65,17 @@ def machine(device: torch.device) -> dict[str, Any]:
             "cuda": torch.version.cuda,
         }
     return found
+
+
+def commit(checkout: Path) -> str | None:
+    """The commit of a checkout, or the variable TQ_COMMIT where there is no checkout."""
+    if "TQ_COMMIT" in os.environ:
+        return os.environ["TQ_COMMIT"]
+    command = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _driver() -> str | None:
