@@ -13,7 +13,7 @@ from tq_kernels import KVFormat, debug_mode, store, store_ref
 pytest.importorskip("triton")
 
 from tq_kernels.portable import store as kernel
-from tq_kernels.portable.fields import column_order
+from tq_kernels.portable.fields import column_order, lane_order
 from tq_kernels.portable.rotation_tile import rotation_parts
 from tq_kernels.testing import copy_to
 
@@ -124,7 +124,8 @@ def test_any_format(
     mapping = torch.from_numpy(slots).to(device, torch.int64 if wide else torch.int32)
     pages = poisoned(fmt, 3, heads, device)
     before = pages.clone()
-    kernel.store(k, v, pages, mapping, fmt, kernel.StoreShape(block, 4))
+    shape = kernel.StoreShape(block, 4 if block > 16 else 1, heads=heads)
+    kernel.store(k, v, pages, mapping, fmt, shape)
     check_stored(check_quantized, k, v, before, pages, mapping, fmt)
 
 
@@ -138,7 +139,8 @@ def test_equals_the_reference_almost_everywhere(tokens: int, device: str) -> Non
     k, v, slots = k.to(device), v.to(device), torch.arange(tokens, device=device)
     expected = fmt.allocate_pages(-(-tokens // 16), 2, device)
     store_ref(k, v, expected, slots, fmt)
-    for shape in (kernel.StoreShape(16, 4), kernel.StoreShape(64, 4), kernel.StoreShape(128, 8)):
+    shapes = [(16, 4, 2, 1), (64, 4, 2, 1), (64, 4, 2, 2), (64, 2, 2, 2), (128, 8, 2, 2)]
+    for shape in (kernel.StoreShape(*numbers) for numbers in shapes):
         pages = torch.zeros_like(expected)
         kernel.store(k, v, pages, slots, fmt, shape)
         assert float((pages != expected).double().mean()) < 1e-4
@@ -314,12 +316,30 @@ def test_code_table_is_the_codebook(dim: int, bits: int) -> None:
     book = fmt.k_codebook
     assert book.step is not None
     unit = np.concatenate([np.linspace(-1, 1, 10001), book.boundaries, [0.0]])
-    table = kernel.code_table(fmt, "k", torch.device("cpu")).numpy()
+    found = kernel.code_table(fmt, "k", torch.device("cpu"))
+    table = found.entries.numpy().astype(int)
     index = np.floor(unit / (0.5 * book.step) + 1e-9).astype(int)
     if len(table) == 256:
         index = np.clip(index, -128, 127)
     assert np.abs(index + 0.5).max() < len(table) // 2 <= 1024
     entry = table[index % len(table)]
-    np.testing.assert_array_equal(entry & 15, book.encode(unit))
-    numbers = (entry & -16).astype(np.int32).view(np.float32)
-    np.testing.assert_allclose(numbers * book.step, book.centroids[entry & 15], rtol=1e-12)
+    codes = entry & (2**bits - 1)
+    np.testing.assert_array_equal(codes, book.encode(unit))
+    numbers = (entry + found.slope * codes + 2**23 - found.offset) / 2**bits
+    np.testing.assert_allclose(numbers * book.step, book.centroids[codes], rtol=1e-12)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("dim", [32, 64, 128])
+def test_lane_order_gives_neighbouring_bytes(dim: int, bits: int) -> None:
+    width = dim * bits // 8
+    column = np.arange(width)
+    step, lane, low = column // 8, column // 2 % 4, column % 2
+    for kind, byte in (
+        ("k", lane * (width // 4) + 2 * step + low),
+        ("v", 8 * step + 4 * low + lane),
+    ):
+        plain = np.array(column_order(kind, bits, dim)).reshape(-1, width)
+        np.testing.assert_array_equal(
+            np.array(lane_order(kind, bits, dim)).reshape(-1, width), plain[:, byte]
+        )

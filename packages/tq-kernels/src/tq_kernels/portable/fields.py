@@ -16,12 +16,21 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+import torch
 import triton
 import triton.language as tl
 
 from tq_kernels.codec import PLANE_WIDTHS, Kind, field_dims
 
-__all__ = ["column_order", "load_codes", "store_codes", "sum_products", "token_places"]
+__all__ = [
+    "column_order",
+    "lane_order",
+    "load_codes",
+    "store_by_lanes",
+    "store_codes",
+    "sum_products",
+    "token_places",
+]
 
 
 @lru_cache(maxsize=256)
@@ -33,6 +42,21 @@ def column_order(kind: Kind, bits: int, dim: int) -> tuple[int, ...]:
     width = triton.next_power_of_2(count)
     rows = [[*column, *([-1] * (width - count))] for column in table.T.tolist()]
     return tuple(dimension for row in rows for dimension in row)
+
+
+@lru_cache(maxsize=256)
+def lane_order(kind: Kind, bits: int, dim: int) -> tuple[int, ...]:
+    """`column_order` for `store_by_lanes`, for 2, 4 and 8 bits and a power of two from 32 on.
+
+    Of the ``n`` bytes of a row, lane ``t`` of four has columns ``8 i + 2 t + b``: of keys it gets
+    ``n / 4`` neighbours, of values the four lanes get neighbours for each ``i`` and ``b``.
+    """
+    order = torch.tensor(column_order(kind, bits, dim))
+    if kind == "k":
+        fields = order.reshape(8 // bits, 4, -1, 2).transpose(1, 2)
+    else:
+        fields = order.reshape(8 // bits, -1, 2, 4).transpose(2, 3)
+    return tuple(fields.flatten().tolist())
 
 
 @triton.jit
@@ -76,7 +100,7 @@ def _two_bytes(i, D: tl.constexpr, KEYS: tl.constexpr):
 def _places(base, at, mask, known, KEYS: tl.constexpr):
     """Pointers and mask of bytes ``at`` of the tokens at ``base``.
 
-    [tokens, bytes] for keys. For values [bytes / 8, tokens, 8]: so that a warp stores 8 bytes of
+    [tokens, bytes] for keys. For values [bytes / 8, tokens, 8]: so that a warp loads 8 bytes of
     each token of a quad, which are neighbours in memory.
     """
     if KEYS:
@@ -92,13 +116,26 @@ def _places(base, at, mask, known, KEYS: tl.constexpr):
 
 
 @triton.jit
+def _store_flat(place, data, mask):
+    """Store so that neighbours along the last axis are on neighbouring lanes."""
+    N: tl.constexpr = data.numel
+    mask = tl.broadcast_to(mask, data.shape)
+    tl.store(tl.reshape(place, (N,)), tl.reshape(data, (N,)), mask=tl.reshape(mask, (N,)))
+
+
+@triton.jit
 def _store_bytes(base, at, data, mask, known, KEYS: tl.constexpr):
-    place, inside = _places(base, at, mask, known, KEYS)
     data = data.to(tl.uint8)
-    if not KEYS:
-        grouped = tl.reshape(data, (place.shape[1], place.shape[0], place.shape[2]))
-        data = tl.permute(grouped, (1, 0, 2))
-    tl.store(place, data, mask=inside)
+    if KEYS:
+        tl.store(base[:, None] + at[None, :], data, mask=mask[:, None] & known[None, :])
+    else:
+        # 8 bytes of each token of a quad, neighbours in memory, are on the lanes of a warp
+        GROUP: tl.constexpr = 8 if at.shape[0] >= 8 else at.shape[0]
+        shape: tl.constexpr = (at.shape[0] // GROUP, mask.shape[0], GROUP)
+        data = tl.permute(tl.reshape(data, (shape[1], shape[0], shape[2])), (1, 0, 2))
+        at = tl.reshape(at, (shape[0], 1, shape[2]))
+        known = tl.reshape(known, (shape[0], 1, shape[2]))
+        _store_flat(base[None, :, None] + 4 * at, data, mask[None, :, None] & known)
 
 
 @triton.jit
@@ -142,6 +179,32 @@ def store_codes(codes, low, high, mask, D: tl.constexpr, BITS: tl.constexpr, KEY
         else:
             data = _combine(_combine(codes, 4), 2)
         _store_bytes(low, i, data, mask, i < D * BITS // 8, KEYS)
+
+
+@triton.jit
+def store_by_lanes(
+    codes, low, mask, BITS: tl.constexpr, KEYS: tl.constexpr, WARPS: tl.constexpr,
+):  # fmt: skip
+    """`store_codes` of columns in `lane_order` straight from the result of a tensor core.
+
+    Rows of codes are [warp, repetition, 8], those of ``low`` and ``mask`` [repetition, warp, 8].
+    """
+    B: tl.constexpr = codes.shape[0]
+    if BITS == 8:
+        data = codes
+    elif BITS == 4:
+        data = _combine(codes, 4)
+    else:
+        data = _combine(_combine(codes, 4), 2)
+    N: tl.constexpr = data.shape[1]
+    data = tl.reshape(data.to(tl.uint8), (WARPS, B // (8 * WARPS), 8, N // 8, 4, 2))
+    if KEYS:
+        data = tl.reshape(tl.permute(data, (1, 0, 2, 4, 3, 5)), (B, N))
+        tl.store(low[:, None] + tl.arange(0, N)[None, :], data, mask=mask[:, None])
+    else:
+        data = tl.reshape(tl.permute(data, (3, 5, 1, 0, 2, 4)), (N // 4, B, 4))
+        at = 4 * tl.arange(0, N // 4)[:, None, None] + tl.arange(0, 4)[None, None, :]
+        _store_flat(low[None, :, None] + 4 * at, data, mask[None, :, None])
 
 
 @triton.jit

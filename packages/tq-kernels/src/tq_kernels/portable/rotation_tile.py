@@ -21,7 +21,15 @@ from triton import knobs
 
 from tq_kernels.format import KVFormat
 
-__all__ = ["RotationParts", "rotate_rows", "rotation_parts", "step_width"]
+__all__ = [
+    "RotationParts",
+    "load_operand",
+    "operand_dims",
+    "rotate_operand",
+    "rotate_rows",
+    "rotation_parts",
+    "step_width",
+]
 
 
 #: The interpreter multiplies the bits of bf16 numbers as integers.
@@ -153,3 +161,37 @@ def rotate_rows(
         for start in range(0, D, STEP):
             y = _add_product(y, rows, mask, inverse, matrix, start, D, COLUMNS, STEP, PARTS, WIDE)
     return y, unit
+
+
+@triton.jit
+def load_operand(x, start, tokens, stride, B: tl.constexpr, D: tl.constexpr, WARPS: tl.constexpr):
+    """Load D numbers of 16 bits of ``B`` tokens for `rotate_operand`, zero beyond ``tokens``.
+
+    With the layouts that Triton chooses for the load and for the left operand of a product, each
+    lane loads 16 bytes at a time and has them where they belong. That takes rows [repetition, warp,
+    8] to [warp, repetition, 8] and column ``j, t, e, b`` to ``j, e, t, b`` of sizes ..., 4, 4, 2;
+    `operand_dims` has the columns.
+    """
+    row = tl.arange(0, D // 32 * B)
+    token = start + row % B
+    words = (x + token.to(tl.int64) * stride + row // B * 32).to(
+        tl.pointer_type(tl.int16), bitcast=True
+    )
+    y = tl.load(words[:, None] + tl.arange(0, 32)[None, :], mask=(token < tokens)[:, None], other=0)
+    # after any operation, this one too, the product takes its operand from registers
+    y = y.to(x.dtype.element_ty, bitcast=True)
+    y = tl.reshape(y, (D // 32, B // (8 * WARPS), WARPS, 8, 4, 4, 2))
+    return tl.reshape(tl.permute(y, (2, 1, 3, 0, 5, 4, 6)), (B, D))
+
+
+@triton.jit
+def operand_dims(D: tl.constexpr):
+    """Coordinate of each column of `load_operand`."""
+    at = tl.arange(0, D)
+    return (at & -32) | ((at & 6) << 2) | ((at & 24) >> 2) | (at & 1)
+
+
+@triton.jit
+def rotate_operand(x, part):
+    """Product of `load_operand` with a matrix whose rows are in the order of `operand_dims`."""
+    return _dot(x, part, tl.zeros([x.shape[0], part.shape[1]], tl.float32))

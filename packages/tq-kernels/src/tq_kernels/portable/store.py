@@ -1,28 +1,43 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 """Store: scale, rotation, quantization, packing and scatter of keys and values in one launch.
 
-A program takes a block of tokens of one head, keys or values. For up to 4 bits, a coordinate in
-units of half a step, of which all boundaries are multiples, is rounded down to an integer and looked
-up in a table that holds centroid and code in one word. An 8-bit code is 128 more than the coordinate
-in steps, rounded down.
+A program takes a block of tokens of one head, keys or values; or of several heads in turn, whose
+numbers go from memory to registers to the tensor cores to memory, with the rotation in shared
+memory. For up to 4 bits, a coordinate in units of half a step, of which all boundaries are
+multiples, is rounded down to an integer and looked up in a table. Shared memory serves a warp as
+fast as its lanes find words in different banks, so that the table is made of bytes. An 8-bit code is
+128 more than the coordinate in steps, rounded down.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
+from math import gcd
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from tq_core import TQError
 
-from tq_kernels.aot import Variant
+from tq_kernels.aot import TARGETS, Variant
 from tq_kernels.codec import Kind
 from tq_kernels.format import KVFormat
-from tq_kernels.portable.fields import column_order, store_codes, sum_products, token_places
+from tq_kernels.portable.fields import (
+    column_order,
+    lane_order,
+    store_by_lanes,
+    store_codes,
+    sum_products,
+    token_places,
+)
 from tq_kernels.portable.rotation_tile import (
     RotationParts,
+    load_operand,
+    operand_dims,
+    rotate_operand,
     rotate_rows,
     rotation_parts,
     step_width,
@@ -41,24 +56,18 @@ _DOWN_8_BITS = tl.constexpr(127.5 + 2.0**-17)
 
 
 @triton.jit
-def _encode_block(
-    x, pages, slots, matrix, table, tokens, step, factor,
-    x_token_stride, x_head_stride, page_stride, record_stride,
+def _encode(
+    y, unit, words, slot, lane_slot, pages, step, factor, page_stride, head_offset,
     D: tl.constexpr, BITS: tl.constexpr, KEYS: tl.constexpr, PAGE: tl.constexpr,
-    PLANES: tl.constexpr, SCALES_AT: tl.constexpr, SCALE: tl.constexpr,
-    BLOCK: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, PARTS: tl.constexpr,
-    TABLE: tl.constexpr,
+    PLANES: tl.constexpr, SCALES_AT: tl.constexpr, SCALE: tl.constexpr, TABLE: tl.constexpr,
+    SLOPE: tl.constexpr, OFFSET: tl.constexpr, LANES: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
-    """Quantize and store one block of tokens of one head, keys or values."""
-    head = tl.program_id(1).to(tl.int64)
-    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    slot = tl.load(slots + token, mask=token < tokens, other=-1).to(tl.int32)
-    mask = slot >= 0
-    rows = x + token.to(tl.int64) * x_token_stride + head * x_head_stride
-    if BITS < 8:
-        words = tl.load(table + tl.arange(0, TABLE))
-    # tokens that are not stored are computed as well, so as not to wait for their slots
-    y, unit = rotate_rows(rows, token < tokens, matrix, BLOCK, D, COLUMNS, STEP, PARTS)
+    """Quantize and store rotated vectors of one head, keys or values.
+
+    ``lane_slot`` are the slots in the order of `store_by_lanes`, used if ``LANES``.
+    """
+    BLOCK: tl.constexpr = y.shape[0]
+    COLUMNS: tl.constexpr = y.shape[1]
     norm = tl.sqrt(sum_products(y, y))
     safe = tl.where(norm == 0.0, 1.0, norm)
     if BITS == 8:
@@ -72,10 +81,11 @@ def _encode_block(
             at = tl.minimum(tl.maximum(at, -128.0), 127.0)
         index = (at + _ROUND).to(tl.int32, bitcast=True) & (TABLE - 1)
         entry = tl.gather(words, tl.reshape(index, (BLOCK * COLUMNS,)), 0)
-        entry = tl.reshape(entry, (BLOCK, COLUMNS))
-        codes = entry & 15
-        # with the code in its lowest bits, which changes it by a millionth
-        c = entry.to(tl.float32, bitcast=True)
+        entry = tl.reshape(entry, (BLOCK, COLUMNS)).to(tl.int32)
+        codes = entry & ((1 << BITS) - 1)
+        # an integer in the low bits of 2**23, less a constant: 2**BITS times centroid / step
+        c = ((entry | 0x4B000000) + SLOPE * codes).to(tl.float32, bitcast=True) - OFFSET
+        step = step * (1.0 / (1 << BITS))
     if COLUMNS > D:
         # columns come by field: of the bytes of a field the last ones are padding
         FIELDS: tl.constexpr = 8 if BITS == 3 else 8 // BITS
@@ -83,9 +93,15 @@ def _encode_block(
         c = tl.where((byte < D // FIELDS)[None, :], c, 0.0)
 
     low, high, place = token_places(
-        pages, slot, page_stride, head * record_stride, PLANES, SCALES_AT, D, BITS, KEYS, PAGE
+        pages, slot, page_stride, head_offset, PLANES, SCALES_AT, D, BITS, KEYS, PAGE
     )
-    store_codes(codes, low, high, mask, D, BITS, KEYS)
+    if LANES:
+        lane_low, _, _ = token_places(
+            pages, lane_slot, page_stride, head_offset, PLANES, SCALES_AT, D, BITS, KEYS, PAGE
+        )
+        store_by_lanes(codes, lane_low, lane_slot >= 0, BITS, KEYS, WARPS)
+    else:
+        store_codes(codes, low, high, slot >= 0, D, BITS, KEYS)
 
     if SCALE == 0:
         scale = sum_products(y, c) * factor / (sum_products(c, c) * step)
@@ -95,7 +111,56 @@ def _encode_block(
         scale = norm * (norm / (tl.where(norm == 0.0, 1.0, sum_products(y, c)) * step)) * factor
     else:
         scale = norm * factor
-    tl.store(place, (scale * unit).to(tl.float16), mask=mask)
+    tl.store(place, (scale * unit).to(tl.float16), mask=slot >= 0)
+
+
+@triton.jit
+def _encode_blocks(
+    x, pages, slots, matrix, table, tokens, step, factor,
+    x_token_stride, x_head_stride, page_stride, record_stride,
+    D: tl.constexpr, BITS: tl.constexpr, KEYS: tl.constexpr, PAGE: tl.constexpr,
+    PLANES: tl.constexpr, SCALES_AT: tl.constexpr, SCALE: tl.constexpr,
+    BLOCK: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, PARTS: tl.constexpr,
+    TABLE: tl.constexpr, SLOPE: tl.constexpr, OFFSET: tl.constexpr, HEADS: tl.constexpr,
+    WARPS: tl.constexpr,
+):  # fmt: skip
+    """Quantize and store a block of tokens of ``HEADS`` heads, or of one if that is 0."""
+    start = tl.program_id(0) * BLOCK
+    row = tl.arange(0, BLOCK)
+    words = tl.load(table + tl.arange(0, TABLE))
+    if HEADS == 0:
+        head = tl.program_id(1).to(tl.int64)
+        token = start + row
+        slot = tl.load(slots + token, mask=token < tokens, other=-1).to(tl.int32)
+        rows = x + token.to(tl.int64) * x_token_stride + head * x_head_stride
+        # tokens that are not stored are computed as well, so as not to wait for their slots
+        y, unit = rotate_rows(rows, token < tokens, matrix, BLOCK, D, COLUMNS, STEP, PARTS)
+        _encode(
+            y, unit, words, slot, slot, pages, step, factor, page_stride, head * record_stride,
+            D, BITS, KEYS, PAGE, PLANES, SCALES_AT, SCALE, TABLE, SLOPE, OFFSET, False, WARPS,
+        )  # fmt: skip
+    else:
+        first = tl.program_id(1).to(tl.int64) * HEADS
+        # the rows of `load_operand` before and after
+        loaded = start + row
+        REPEATS: tl.constexpr = BLOCK // (8 * WARPS)
+        token = start + row // 8 % REPEATS * (8 * WARPS) + row // (8 * REPEATS) * 8 + row % 8
+        slot = tl.load(slots + token, mask=token < tokens, other=-1).to(tl.int32)
+        lane_slot = tl.load(slots + loaded, mask=loaded < tokens, other=-1).to(tl.int32)
+        dims = operand_dims(D)
+        part = tl.load(matrix + dims[:, None] * D + tl.arange(0, D)[None, :])
+        unit = tl.full([BLOCK], 1.0, tl.float32)
+        for n in tl.range(0, HEADS, num_stages=1):
+            head = first + n
+            operand = load_operand(
+                x + head * x_head_stride, start, tokens, x_token_stride, BLOCK, D, WARPS
+            )
+            y = rotate_operand(operand, part)
+            _encode(
+                y, unit, words, slot, lane_slot, pages, step, factor, page_stride,
+                head * record_stride, D, BITS, KEYS, PAGE, PLANES, SCALES_AT, SCALE, TABLE,
+                SLOPE, OFFSET, BITS != 3, WARPS,
+            )  # fmt: skip
 
 
 @triton.jit(
@@ -107,86 +172,150 @@ def store_kernel(
     k_token_stride, k_head_stride, v_token_stride, v_head_stride, page_stride, record_stride,
     D: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, PAGE: tl.constexpr,
     SCALE: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
-    PARTS: tl.constexpr, K_TABLE: tl.constexpr, V_TABLE: tl.constexpr,
+    PARTS: tl.constexpr, K_TABLE: tl.constexpr, V_TABLE: tl.constexpr, K_SLOPE: tl.constexpr,
+    V_SLOPE: tl.constexpr, K_OFFSET: tl.constexpr, V_OFFSET: tl.constexpr, HEADS: tl.constexpr,
+    WARPS: tl.constexpr,
 ):  # fmt: skip
-    """Store a block of tokens; the grid is [blocks of tokens, KV heads, (keys, values)]."""
+    """Store a block of tokens; the grid is [blocks of tokens, groups of heads, (keys, values)]."""
     V_PLANES: tl.constexpr = PAGE * D * K_BITS // 8
     SCALES_AT: tl.constexpr = PAGE * D * (K_BITS + V_BITS) // 8
     if tl.program_id(2) == 0:
-        _encode_block(
+        _encode_blocks(
             k, pages, slots, k_matrix, k_table, tokens, k_step, factor,
             k_token_stride, k_head_stride, page_stride, record_stride,
-            D, K_BITS, True, PAGE, 0, SCALES_AT, SCALE, BLOCK, COLUMNS, STEP, PARTS, K_TABLE,
+            D, K_BITS, True, PAGE, 0, SCALES_AT, SCALE, BLOCK, COLUMNS, STEP, PARTS,
+            K_TABLE, K_SLOPE, K_OFFSET, HEADS, WARPS,
         )  # fmt: skip
     else:
-        _encode_block(
+        _encode_blocks(
             v, pages, slots, v_matrix, v_table, tokens, v_step, factor,
             v_token_stride, v_head_stride, page_stride, record_stride,
             D, V_BITS, False, PAGE, V_PLANES, SCALES_AT + 2 * PAGE, SCALE, BLOCK, COLUMNS, STEP,
-            PARTS, V_TABLE,
+            PARTS, V_TABLE, V_SLOPE, V_OFFSET, HEADS, WARPS,
         )  # fmt: skip
 
 
-@lru_cache(maxsize=64)
-def code_table(fmt: KVFormat, kind: Kind, device: torch.device) -> Tensor:
-    """int32 table: the bits of ``centroid / step`` in float32, with the code in the lowest four.
+@dataclass(frozen=True)
+class CodeTable:
+    """Codes and levels of coordinates in half steps.
 
-    Entry ``i`` modulo the size is that of coordinates from ``i`` to ``i + 1`` half steps. With 1024
-    entries and more all coordinates of unit vectors are in it; with 256 those from -128 to 127,
-    beyond which no boundary is, and coordinates have to be clamped.
+    Attributes
+    ----------
+    entries : uint8 tensor
+        Entry ``i`` modulo the size is that of coordinates from ``i`` to ``i + 1`` half steps. With
+        1024 entries and more all coordinates of unit vectors are in it; with 256 those from -128 to
+        127, beyond which no boundary is, and coordinates have to be clamped.
+    slope, offset : int
+        The lowest bits of an entry are the code. The others are the distance of the level from a
+        line through the codes, so that ``2**bits * centroid / step`` is
+        ``entry + slope * code + 2**23 - offset``.
     """
+
+    entries: Tensor
+    slope: int
+    offset: int
+
+
+@lru_cache(maxsize=64)
+def code_table(fmt: KVFormat, kind: Kind, device: torch.device) -> CodeTable:
+    """Table for up to 4 bits, empty for 8; cached, do not write to it."""
     book, step = codebook_of(fmt, kind), step_of(fmt, kind)
     if book.bits == 8:
-        return torch.zeros(256, dtype=torch.int32, device=device)
+        return CodeTable(torch.zeros(256, dtype=torch.uint8, device=device), 0, 0)
     size = 2 * triton.next_power_of_2(int(2.0 / step) + 4)
     if size not in (1024, 2048):
         size = 256
     centres = (torch.arange(size) + size // 2) % size - (size // 2 - 0.5)
     boundaries = torch.from_numpy(book.boundaries / (0.5 * step)).round()
     codes = torch.bucketize(centres.double(), boundaries)
-    numbers = torch.from_numpy(book.centroids / step).float()
-    return (numbers[codes].view(torch.int32) | codes.to(torch.int32)).to(device)
+    count = 2**book.bits
+    levels = torch.from_numpy(book.centroids / step + 63.5).round().long()
+    lines = [levels - slope * torch.arange(count) for slope in range(128)]
+    slope = min(range(128), key=lambda n: int(lines[n].max() - lines[n].min()))
+    lowest = int(lines[slope].min())
+    entries = codes + count * (lines[slope] - lowest)[codes]
+    if int(entries.max()) > 255:
+        raise TQError(
+            f"levels {levels.tolist()} of head_dim={fmt.head_dim}: distances of up to "
+            f"{int(entries.max()) // count} from a line do not fit into a byte; use `store_ref`"
+        )
+    offset = 2**23 + count * 127 // 2 - count * lowest
+    return CodeTable(entries.to(torch.uint8).to(device), count * slope - 1, offset)
 
 
 @dataclass(frozen=True)
 class StoreShape:
-    """How a launch is cut: tokens a program, warps and pipeline stages."""
+    """How a launch is cut: tokens a program, warps, pipeline stages and heads in turn.
+
+    ``heads`` divides the number of KV heads and only counts where `takes_operands`; 0 never does.
+    """
 
     block: int
     num_warps: int
     num_stages: int = 2
+    heads: int = 0
 
     @staticmethod
-    def of(tokens: int, heads: int, head_dim: int) -> StoreShape:
-        """Many small programs for few tokens, else large ones that load the matrix less often."""
+    def of(tokens: int, heads: int, head_dim: int, *, hopper: bool) -> StoreShape:
+        """Many small programs for few tokens, else large ones that load the matrix less often.
+
+        Multiplying from registers pays where 4 warps share a tensor core's right operand.
+        """
         if tokens * heads <= 8192:
             return StoreShape(16, 4)
         if head_dim not in (16, 32, 64, 128):
             return StoreShape(32, 4)
-        return StoreShape(64, 4)
+        in_turn = gcd(heads, 4) if tokens * heads >= 65536 else 1
+        return StoreShape(64, 4, heads=in_turn if hopper else 0)
+
+    def takes_operands(self, fmt: KVFormat, dtype: torch.dtype, parts: int) -> bool:
+        """Whether each warp loads the rows that its tensor cores multiply."""
+        return (
+            self.heads > 0
+            and self.block % (16 * self.num_warps) == 0
+            and fmt.head_dim in (32, 64, 128)
+            and dtype.itemsize == 2
+            and parts == 1
+        )
+
+
+@lru_cache(maxsize=64)
+def _is_hopper(device: torch.device) -> bool:
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device)[0] == 9
 
 
 @dataclass(frozen=True)
 class _Constants:
     k_rotation: RotationParts
     v_rotation: RotationParts
-    k_table: Tensor
-    v_table: Tensor
+    k_table: CodeTable
+    v_table: CodeTable
     k_step: float
     v_step: float
+    heads: int
 
 
 @lru_cache(maxsize=256)
-def _constants(fmt: KVFormat, device: torch.device, dtype: torch.dtype) -> _Constants:
-    k_order = column_order("k", fmt.k_bits, fmt.head_dim)
-    v_order = column_order("v", fmt.v_bits, fmt.head_dim)
+def _constants(
+    fmt: KVFormat, device: torch.device, dtype: torch.dtype, shape: StoreShape
+) -> _Constants:
+    plain = rotation_parts(fmt, device, dtype=dtype)
+    operands = shape.takes_operands(fmt, dtype, plain.parts)
+
+    def rotation(kind: Kind, bits: int) -> RotationParts:
+        order = lane_order if operands and bits != 3 else column_order
+        return rotation_parts(fmt, device, order=order(kind, bits, fmt.head_dim), dtype=dtype)
+
     return _Constants(
-        rotation_parts(fmt, device, order=k_order, dtype=dtype),
-        rotation_parts(fmt, device, order=v_order, dtype=dtype),
+        rotation("k", fmt.k_bits),
+        rotation("v", fmt.v_bits),
         code_table(fmt, "k", device),
         code_table(fmt, "v", device),
         step_of(fmt, "k"),
         step_of(fmt, "v"),
+        shape.heads if operands else 0,
     )
 
 
@@ -201,8 +330,14 @@ def _constexprs(fmt: KVFormat, shape: StoreShape, constants: _Constants) -> dict
         "COLUMNS": triton.next_power_of_2(fmt.head_dim),
         "STEP": step_width(fmt.head_dim),
         "PARTS": constants.k_rotation.parts,
-        "K_TABLE": constants.k_table.numel(),
-        "V_TABLE": constants.v_table.numel(),
+        "K_TABLE": constants.k_table.entries.numel(),
+        "V_TABLE": constants.v_table.entries.numel(),
+        "K_SLOPE": constants.k_table.slope,
+        "V_SLOPE": constants.v_table.slope,
+        "K_OFFSET": constants.k_table.offset,
+        "V_OFFSET": constants.v_table.offset,
+        "HEADS": constants.heads,
+        "WARPS": shape.num_warps,
     }
 
 
@@ -223,11 +358,11 @@ def store(
     if tokens == 0 or heads == 0:
         return
     if shape is None:
-        shape = StoreShape.of(tokens, heads, fmt.head_dim)
-    c = _constants(fmt, k.device, k.dtype)
-    store_kernel[(triton.cdiv(tokens, shape.block), heads, 2)](
+        shape = StoreShape.of(tokens, heads, fmt.head_dim, hopper=_is_hopper(k.device))
+    c = _constants(fmt, k.device, k.dtype, shape)
+    store_kernel[(triton.cdiv(tokens, shape.block), heads // max(1, c.heads), 2)](
         k, v, pages, slot_mapping,
-        c.k_rotation.matrix, c.v_rotation.matrix, c.k_table, c.v_table,
+        c.k_rotation.matrix, c.v_rotation.matrix, c.k_table.entries, c.v_table.entries,
         tokens, c.k_step, c.v_step, c.k_rotation.factor,
         k.stride(0), k.stride(1), v.stride(0), v.stride(1), pages.stride(0), pages.stride(1),
         **_constexprs(fmt, shape, c),
@@ -248,11 +383,11 @@ def aot_variants() -> list[Variant]:
     strides = [f"{x}_{y}_stride" for x in "kv" for y in ("token", "head")]
     strides += ["page_stride", "record_stride"]
     found = []
-    for dim, k_bits, v_bits, dtype, tokens, quick in cases:
+    for (dim, k_bits, v_bits, dtype, tokens, quick), hopper in product(cases, (True, False)):
         fmt = KVFormat(dim, k_bits, v_bits)
-        shape = StoreShape.of(tokens, 8, dim)
+        shape = StoreShape.of(tokens, 8, dim, hopper=hopper)
         torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(dtype, torch.float32)
-        constants = _constants(fmt, torch.device("cpu"), torch_dtype)
+        constants = _constants(fmt, torch.device("cpu"), torch_dtype, shape)
         parts = "*bf16" if dtype == "bf16" else "*fp16"
         found.append(
             Variant(
@@ -263,7 +398,7 @@ def aot_variants() -> list[Variant]:
                     "pages": "*u8",
                     "slots": "*i64",
                     **dict.fromkeys(("k_matrix", "v_matrix"), parts),
-                    **dict.fromkeys(("k_table", "v_table"), "*i32"),
+                    **dict.fromkeys(("k_table", "v_table"), "*u8"),
                     "tokens": "i32",
                     **dict.fromkeys(("k_step", "v_step", "factor"), "fp32"),
                     **dict.fromkeys(strides, "i32"),
@@ -271,6 +406,7 @@ def aot_variants() -> list[Variant]:
                 constexprs=_constexprs(fmt, shape, constants),
                 num_warps=shape.num_warps,
                 num_stages=shape.num_stages,
+                targets=tuple(t for t in TARGETS if (t == "sm_90") == hopper),
                 aligned=tuple(strides),
                 quick=quick,
             )
