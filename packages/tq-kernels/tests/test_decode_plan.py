@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tq_core import TQError
-from tq_kernels import DecodePlan, KVFormat, decode, decode_ref
+from tq_kernels import DecodePlan, KVFormat, decode, decode_ref, store_ref
 from tq_kernels.nvidia import decode as nvidia
 from tq_kernels.nvidia import ptx_emulator
 from tq_kernels.nvidia.tile_loads import rows_of_a_line
@@ -75,6 +75,16 @@ def test_all_formats(head_dim, k_bits, v_bits):
     # These registers would not do: see `tq_kernels.nvidia.decode.unsupported`.
     kernels = "portable" if (head_dim, k_bits, v_bits) == (256, 8, 8) else "nvidia"
     check(fmt, 8, 2, LENGTHS, counts, torch.bfloat16, kernels=kernels)
+
+
+@on_gpu
+@pytest.mark.parametrize("v_bits", [2, 3, 4])
+@pytest.mark.parametrize("k_bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_all_formats_of_sixteen_rows(head_dim, k_bits, v_bits):
+    fmt = KVFormat(head_dim, k_bits, v_bits, page_size=16 * k_bits)
+    counts = [min(length, 4) for length in LENGTHS]
+    check(fmt, 8, 2, LENGTHS, counts, torch.bfloat16, kernels="nvidia")
 
 
 @on_gpu
@@ -247,7 +257,7 @@ def one_multiprocessor(monkeypatch):
         pytest.skip("tested on the GPU itself")
     ptx_emulator.install(monkeypatch)
     monkeypatch.setattr(nvidia, "unsupported", lambda spec: None)
-    monkeypatch.setattr(nvidia, "_of_device", lambda device: ((8, 0), 1))
+    monkeypatch.setattr(nvidia, "_of_device", lambda device: ((8, 0), 1, 164 * 1024))
 
 
 @pytest.mark.parametrize(
@@ -287,6 +297,53 @@ def test_emulated_groups(one_multiprocessor, heads):
 )
 def test_emulated_several_queries(one_multiprocessor, options):
     check(KVFormat(128, 4, 4), 4, 1, [70, 17], [4, 2], torch.float16, kernels="nvidia", **options)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "k_bits", "v_bits", "page_size"),
+    [(128, 4, 4, 16), (128, 3, 3, 64), (128, 2, 4, 32), (64, 8, 3, 128), (64, 4, 2, 16)],
+)
+def test_emulated_sixteen_rows(one_multiprocessor, head_dim, k_bits, v_bits, page_size):
+    """bf16 queries: those of fp16 take the kernel that keeps 16 bits of the weights."""
+    fmt = KVFormat(head_dim, k_bits, v_bits, page_size)
+    check(fmt, 4, 1, [70, 17, 129, 3], [4, 2, 1, 3], torch.bfloat16, kernels="nvidia")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"width": 64},
+        {"soft_cap": 15.0, "sliding_window": 70, "sinks": torch.linspace(-2, 3, 4)},
+        {"key_center": torch.linspace(-1, 1, 128).reshape(1, 128), "softmax_scale": 0.2},
+    ],
+    ids=["plain", "window", "center"],
+)
+def test_emulated_sixteen_rows_with_options(one_multiprocessor, options):
+    check(KVFormat(128, 4, 4), 4, 1, [200, 17], [4, 2], torch.bfloat16, kernels="nvidia", **options)
+
+
+def test_emulated_more_rows_than_a_program(one_multiprocessor):
+    check(KVFormat(64, 4, 4), 14, 1, [90], [3], torch.bfloat16, kernels="nvidia")
+
+
+def test_emulated_logits_that_rise(one_multiprocessor):
+    """Sums are rescaled each time that logits leave what they are relative to far behind."""
+    fmt, length = KVFormat(64, 4, 4), 400
+    rising = torch.arange(length)[:, None] / 8 * torch.ones(64)
+    cache = random_cache(fmt, 1, [length], seed=3)
+    k = rising[:, None].bfloat16()
+    store_ref(k, torch.randn_like(k), cache.pages, cache.slots(0), fmt)
+    q = torch.full((4, 4, 64), 1.0).bfloat16()
+    plan = DecodePlan(fmt, 4, 1, max_batch=1, max_query_len=4, dtype=q.dtype, device=DEVICE,
+                      softmax_scale=0.5)  # fmt: skip
+    out, lse = torch.empty_like(q), torch.empty(4, 4)
+    cu = torch.tensor([0, 4], dtype=torch.int32)
+    tables = (cache.pages, cache.block_table, cache.seq_lens)
+    plan.run(q, *tables, out, lse, cu_query_lens=cu)
+    want, want_lse = decode_ref(q.double(), *tables, fmt, cu_query_lens=cu, softmax_scale=0.5)
+    assert float(want_lse.max()) > 1000
+    torch.testing.assert_close(lse.double(), want_lse, rtol=1e-5, atol=0)
+    torch.testing.assert_close(out.double(), want, rtol=2e-2, atol=2e-2)
 
 
 def test_emulated_other_rotations(one_multiprocessor):
@@ -333,15 +390,18 @@ class Launches:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="launches nothing: no test of a GPU")
-@pytest.mark.parametrize("query_len", [1, 4])
-def test_warming_up_compiles_what_runs_of_any_size_need(monkeypatch, query_len):
+@pytest.mark.parametrize(
+    ("query_len", "dtype"), [(1, torch.float16), (4, torch.float16), (4, torch.bfloat16)]
+)
+def test_warming_up_compiles_what_runs_of_any_size_need(monkeypatch, query_len, dtype):
     monkeypatch.setattr(nvidia, "unsupported", lambda spec: None)
-    monkeypatch.setattr(nvidia, "_of_device", lambda device: ((9, 0), 132))
-    kernels = {n: Launches() for n in ("prepare_queries", "decode_partials", "combine_partials")}
+    monkeypatch.setattr(nvidia, "_of_device", lambda device: ((9, 0), 132, 228 * 1024))
+    names = ("prepare_queries", "decode_partials", "decode_wide", "combine_partials")
+    kernels = {name: Launches() for name in names}
     for name, kernel in kernels.items():
         monkeypatch.setattr(nvidia, name, kernel)
     fmt = KVFormat(128)
-    options = {"max_batch": 40, "max_query_len": query_len, "dtype": torch.float16}
+    options = {"max_batch": 40, "max_query_len": query_len, "dtype": dtype}
     plan = DecodePlan(fmt, 32, 8, device="cpu", **options)
     assert plan.kernels == "nvidia"
     plan.warm_up()
@@ -349,7 +409,7 @@ def test_warming_up_compiles_what_runs_of_any_size_need(monkeypatch, query_len):
     pages = torch.zeros(1, 8, fmt.record_bytes, dtype=torch.uint8)
     for batch in (1, 3, 8, 33, 40):
         for width in (1, 7, 8, 64, 500, 9000):
-            q = torch.zeros(batch * query_len, 32, 128, dtype=torch.float16)
+            q = torch.zeros(batch * query_len, 32, 128, dtype=dtype)
             plan.run(
                 q,
                 pages,

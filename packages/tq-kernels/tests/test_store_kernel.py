@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tq_core import TQError, unpack_record
-from tq_kernels import KVFormat, debug_mode, store, store_ref
+from tq_kernels import KVFormat, debug_mode, store, store_ref, warm_up_store
 
 pytest.importorskip("triton")
 
@@ -343,3 +343,18 @@ def test_lane_order_gives_neighbouring_bytes(dim: int, bits: int) -> None:
         np.testing.assert_array_equal(
             np.array(lane_order(kind, bits, dim)).reshape(-1, width), plain[:, byte]
         )
+
+
+@pytest.mark.parametrize("heads", [1, 6, 8])
+@pytest.mark.parametrize("most", [40, 70000])
+def test_few_numbers_of_tokens_need_all_kernels(heads: int, most: int) -> None:
+    for hopper in (False, True):
+        shapes = [
+            {kernel.StoreShape.of(n, heads, 128, hopper=hopper) for n in counts}
+            for counts in (kernel.token_counts(heads, most), range(1, most + 1))
+        ]
+        assert shapes[0] == shapes[1]
+
+
+def test_warming_up_stores_nothing(device: str) -> None:
+    warm_up_store(KVFormat(16), 3, 40, torch.float16, torch.device(device))

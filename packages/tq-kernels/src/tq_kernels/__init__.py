@@ -16,7 +16,7 @@ from tq_kernels.ops.decode import decode, decode_ref
 from tq_kernels.ops.dequantize import dequantize, dequantize_ref
 from tq_kernels.ops.prefill import prefill, prefill_ref
 from tq_kernels.ops.rotate import rotate, rotate_ref
-from tq_kernels.ops.store import store, store_ref
+from tq_kernels.ops.store import store, store_ref, warm_up_store
 from tq_kernels.quantize import TokenCodes, decode_tokens, encode_tokens
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ __all__ = [
     "rotate_ref",
     "store",
     "store_ref",
+    "warm_up_store",
 ]
 
 

@@ -25,6 +25,7 @@ from tq_kernels import (
     prefill_ref,
     store,
     store_ref,
+    warm_up_store,
 )
 
 from tq_vllm.dense import dense_attention
@@ -288,11 +289,7 @@ def _warm_up(
     for length in {1, shape.max_decode_query_len}:
         _decode_plan(shape, fmt, length, dtype, device)[0].warm_up(**extras)
     _prefill_plan(shape, fmt, dtype, device)[0].warm_up(**extras)
-    pages = torch.zeros(1, shape.kv_heads, fmt.record_bytes, dtype=torch.uint8, device=device)
-    for tokens in {1, shape.max_tokens}:
-        kv = torch.zeros(tokens, shape.kv_heads, fmt.head_dim, dtype=dtype, device=device)
-        nowhere = torch.full((tokens,), -1, dtype=torch.int64, device=device)
-        store(kv, kv, pages, nowhere, fmt)
+    warm_up_store(fmt, shape.kv_heads, shape.max_tokens, dtype, device)
 
 
 class FusedOps(EagerOps):

@@ -13,9 +13,11 @@ from tq_core import Codebook, HadamardRotation, TQError
 from tq_kernels.aot import Variant
 from tq_kernels.attention_spec import AttentionSpec
 from tq_kernels.format import KVFormat
-from tq_kernels.nvidia.decode_kernel import decode_partials
+from tq_kernels.nvidia.decode_kernel import decode_partials, partial_dims
 from tq_kernels.nvidia.rows_kernel import combine_partials, prepare_queries
+from tq_kernels.nvidia.stages import place_of
 from tq_kernels.nvidia.tile_loads import rows_of_a_line
+from tq_kernels.nvidia.wide_kernel import decode_wide, wide_dims
 from tq_kernels.quantize import codebook_of, step_of
 
 __all__ = ["NvidiaDecodePlan", "aot_variants", "unsupported"]
@@ -37,6 +39,11 @@ WARPS_PER_SM = {
 }
 #: The same for head_dim 256 with 8-bit keys, which would spill half a row into memory at 12.
 WARPS_WITH_WIDE_KEYS = 8
+#: Warps of `decode_wide` that a multiprocessor runs at once, and groups of 16 tokens that one takes at
+#: a time.
+WIDE_WARPS, WIDE_STEPS = 8, 2
+#: For how many times that a warp has room in shared memory, and where there is less of it.
+WIDE_STAGES, FEW_WIDE_STAGES = 3, 2
 #: Registers a lane that let so many warps run.
 REGISTERS = {16: 128, 12: 168, 8: 255}
 #: Bytes of stack a lane that this may cost, by head_dim and query blocks: measured on an H200, more
@@ -59,10 +66,14 @@ FEW_ROWS = 64
 MANY_PARTS = 16
 
 
-def _of_device(device: torch.device) -> tuple[tuple[int, int], int]:
-    """Compute capability and number of multiprocessors."""
-    count = torch.cuda.get_device_properties(device).multi_processor_count
-    return torch.cuda.get_device_capability(device), count
+def _of_device(device: torch.device) -> tuple[tuple[int, int], int, int]:
+    """Compute capability, number of multiprocessors and shared memory of each in bytes."""
+    properties = torch.cuda.get_device_properties(device)
+    return (
+        torch.cuda.get_device_capability(device),
+        properties.multi_processor_count,
+        properties.shared_memory_per_multiprocessor,
+    )
 
 
 def unsupported(spec: AttentionSpec) -> str | None:
@@ -136,6 +147,11 @@ def _batch_block(batch: int) -> int:
     return size
 
 
+def _is_wide(spec: AttentionSpec) -> bool:
+    """Whether `decode_wide` attends: 16 query rows of bf16; it rounds weights to bf16."""
+    return _layout(spec)[0] == 4 and spec.dtype == torch.bfloat16 and spec.fmt.v_bits < 8
+
+
 def _rotates(fmt: KVFormat, blocks: int) -> bool:
     """Whether `decode_partials` rotates queries itself; with more rows it would compile for long."""
     return fmt.rotation == "hadamard" and blocks <= 2
@@ -168,6 +184,30 @@ def partials_constants(spec: AttentionSpec, blocks: int, batch_block: int) -> di
     }
 
 
+def _wide_stages(fmt: KVFormat, shared: int) -> int:
+    """Stages of `decode_wide` for which all its warps fit into so many bytes of shared memory."""
+    stage = WIDE_STEPS * place_of("end", fmt.k_bits, fmt.v_bits, fmt.head_dim)
+    # The driver takes 1 KiB of each program's.
+    fits = WIDE_WARPS * (WIDE_STAGES * stage + 1024) <= shared
+    return WIDE_STAGES if fits else FEW_WIDE_STAGES
+
+
+def wide_constants(spec: AttentionSpec, batch_block: int, stages: int) -> dict[str, object]:
+    """Constants of `decode_wide`, other than ``PDL``."""
+    fmt = spec.fmt
+    return {
+        "K_BITS": fmt.k_bits,
+        "V_BITS": fmt.v_bits,
+        "D": fmt.head_dim,
+        "PAGE": fmt.page_size,
+        "STEPS": WIDE_STEPS,
+        "STAGES": stages,
+        "BATCH_BLOCK": batch_block,
+        "WINDOW": spec.sliding_window is not None,
+        "CAP": spec.soft_cap is not None,
+    }
+
+
 class NvidiaDecodePlan:
     """Buffers and launches of decode by the NVIDIA kernels; see `tq_kernels.DecodePlan`.
 
@@ -192,16 +232,19 @@ class NvidiaDecodePlan:
         fmt, device = spec.fmt, spec.device
         self.blocks, self.chunks = _layout(spec)
         # Programmatic dependent launch hides the gaps between kernels, the one before included.
-        capability, sms = _of_device(device)
+        capability, sms, shared = _of_device(device)
         self._overlap = capability >= (9, 0)
-        warps = _warps_per_sm(fmt, self.blocks)
+        self._wide = _is_wide(spec)
+        warps = WIDE_WARPS if self._wide else _warps_per_sm(fmt, self.blocks)
         self.programs, self._registers = sms * warps, REGISTERS[warps]
         keys, values = codebook_of(fmt, "k"), codebook_of(fmt, "v")
         self._k_table, self._v_table = _table(keys), _table(values)
         self._k_center, self._v_center = _center(keys), _center(values)
+        self._stages = _wide_stages(fmt, shared) if self._wide else 0
         self._v_step = step_of(fmt, "v")
         matrix, scale = _exact_rotation(fmt)
-        self._inverse, self._inverse_scale = matrix.to(device).contiguous(), scale
+        order = wide_dims(fmt.head_dim) if self._wide else partial_dims(fmt.head_dim)
+        self._inverse, self._inverse_scale = matrix[order].to(device).contiguous(), scale
         self._forward = matrix.T.to(device).contiguous()
         self._precision = "tf32" if matrix.dtype == torch.float16 else "ieee"
 
@@ -262,22 +305,34 @@ class NvidiaDecodePlan:
         if not self._rotates:
             prepare_queries[(triton.cdiv(rows, MERGED_ROWS),)](
                 q, self._forward, cu, center, self._q_digits, self._q_affine,
-                self._logit_scale, spec.scale * LOG2E, self._k_center,
+                self._logit_scale, spec.scale * LOG2E,
+                self._k_center,
                 spec.group, spec.kv_heads, self.chunks, pairs, q.stride(0), q.stride(1),
                 D=dim, NB=self.blocks, ROWS=MERGED_ROWS, CENTER=key_center is not None,
-                PRECISION=self._precision, PDL=self._overlap, num_warps=4, **after,
+                WIDE=self._wide, PRECISION=self._precision, PDL=self._overlap, num_warps=4, **after,
             )  # fmt: skip
-        decode_partials[(programs,)](
-            q, self._signs, center, pages, block_table, seq_lens, cu,
-            self._q_digits, self._q_affine, self._partial_out, self._partial_stats,
-            *self._k_table, *self._v_table, 1, self._k_center, self._v_center, self._v_step,
-            self._logit_scale, spec.scale * LOG2E, spec.soft_cap or 0.0, window, spec.fmt.rounds,
-            batch, spec.kv_heads, self.chunks, spec.group, programs, LEAST_TILES,
-            q.stride(0), q.stride(1), pages.stride(0), pages.stride(1), block_table.stride(0),
-            **partials_constants(spec, self.blocks, batch_block),
-            CENTER=key_center is not None and self._rotates,
-            PDL=self._overlap, num_warps=1, maxnreg=self._registers, **after,
-        )  # fmt: skip
+        if self._wide:
+            decode_wide[(programs,)](
+                pages, block_table, seq_lens, cu, self._q_digits, self._q_affine,
+                self._partial_out, self._partial_stats, *self._k_table, *self._v_table, 1,
+                self._v_center, self._v_step, spec.soft_cap or 0.0, window,
+                batch, spec.kv_heads, self.chunks, spec.group, programs, LEAST_TILES,
+                pages.stride(0), pages.stride(1), block_table.stride(0),
+                **wide_constants(spec, batch_block, self._stages),
+                PDL=self._overlap, num_warps=1, maxnreg=self._registers, **after,
+            )  # fmt: skip
+        else:
+            decode_partials[(programs,)](
+                q, self._signs, center, pages, block_table, seq_lens, cu,
+                self._q_digits, self._q_affine, self._partial_out, self._partial_stats,
+                *self._k_table, *self._v_table, 1, self._k_center, self._v_center, self._v_step,
+                self._logit_scale, spec.scale * LOG2E, spec.soft_cap or 0.0, window, spec.fmt.rounds,
+                batch, spec.kv_heads, self.chunks, spec.group, programs, LEAST_TILES,
+                q.stride(0), q.stride(1), pages.stride(0), pages.stride(1), block_table.stride(0),
+                **partials_constants(spec, self.blocks, batch_block),
+                CENTER=key_center is not None and self._rotates,
+                PDL=self._overlap, num_warps=1, maxnreg=self._registers, **after,
+            )  # fmt: skip
         one_row = rows <= FEW_ROWS or programs >= MANY_PARTS * pairs
         combine_partials[(rows if one_row else triton.cdiv(rows, MERGED_ROWS),)](
             self._partial_out, self._partial_stats, seq_lens, cu, self._inverse,
@@ -292,59 +347,70 @@ class NvidiaDecodePlan:
         )  # fmt: skip
 
 
-#: What `decode_partials` is compiled with ahead of time: head_dim, bits, query rows, all options.
+#: What is compiled ahead of time: head_dim, bits, query rows, all options, dtype of queries.
 _CASES = (
-    *((128, k, v, 4, False) for k, v in ((4, 4), (4, 3), (3, 3), (2, 2), (8, 4))),
-    *((dim, 4, 4, 4, True) for dim in (64, 128, 256)),
-    (64, 3, 3, 16, False),
-    (128, 4, 4, 8, False),
-    (128, 4, 4, 16, False),
-    (256, 8, 4, 4, False),
-    (256, 4, 8, 4, False),
+    *((128, k, v, 4, False, "bf16") for k, v in ((4, 4), (4, 3), (3, 3), (2, 2), (8, 4))),
+    *((dim, 4, 4, 4, True, "bf16") for dim in (64, 128, 256)),
+    (128, 4, 4, 8, False, "bf16"),
+    (128, 4, 4, 16, False, "fp16"),
+    (64, 3, 3, 16, False, "fp16"),
+    (256, 8, 4, 4, False, "bf16"),
+    (256, 4, 8, 4, False, "bf16"),
+    *((128, k, v, 16, False, "bf16") for k, v in ((4, 4), (3, 3), (8, 4), (8, 8))),
+    (128, 4, 4, 16, True, "bf16"),
+    (64, 4, 2, 16, False, "bf16"),
 )
 
 
 def aot_variants() -> list[Variant]:
-    """Variants of `decode_partials` over head_dim, bits, query rows and options."""
-    tensors = dict.fromkeys(("block_table", "seq_lens", "cu_query_lens"), "*i32")
-    partials = dict.fromkeys(("partial_out", "partial_stats"), "*fp32")
-    tables = tuple(f"{kind}_table{n}" for kind in "kv" for n in range(4))
-    sizes = ("batch", "kv_heads", "chunks", "group", "programs", "least", "window", "rounds")
+    """Variants of `decode_partials` and `decode_wide` over `_CASES`."""
+    types = {
+        "q": "*bf16", "signs": "*i32", "key_center": "*fp32", "pages": "*u8",
+        "q_digits": "*i8", "queries": "*i8",
+        **dict.fromkeys(("block_table", "seq_lens", "cu_query_lens"), "*i32"),
+        **dict.fromkeys(("q_affine", "partial_out", "partial_stats"), "*fp32"),
+        **dict.fromkeys(
+            ("k_center", "v_center", "v_step", "logit_scale", "center_scale", "soft_cap"), "fp32"
+        ),
+    }  # fmt: skip
     aligned = ("q_token_stride", "q_head_stride", "page_stride", "record_stride")
-    strides = (*aligned, "block_table_stride")
-    numbers = ("k_center", "v_center", "v_step", "logit_scale", "center_scale", "soft_cap")
     found = []
-    for dim, k_bits, v_bits, rows, options in _CASES:
+    for dim, k_bits, v_bits, rows, options, dtype in _CASES:
         spec = AttentionSpec(
-            KVFormat(dim, k_bits, v_bits), rows, 1, 1, 1, torch.bfloat16, torch.device("cpu"),
+            KVFormat(dim, k_bits, v_bits), rows, 1, 1, 1,
+            torch.bfloat16 if dtype == "bf16" else torch.float16, torch.device("cpu"),
             None, 30.0 if options else None, 512 if options else None,
         )  # fmt: skip
         blocks, _ = _layout(spec)
-        name = f"d{dim}-k{k_bits}v{v_bits}-rows{4 * blocks}" + "-all" * options
-        for targets, overlap in (
-            (("sm_80", "sm_89"), False),
-            (("sm_90", "sm_100", "sm_120"), True),
+        wide = _is_wide(spec)
+        kernel, short = (decode_wide, "wide") if wide else (decode_partials, "partials")
+        for targets, overlap, shared in (
+            (("sm_80",), False, 164 * 1024),
+            (("sm_89",), False, 100 * 1024),
+            (("sm_90", "sm_100"), True, 228 * 1024),
+            (("sm_120",), True, 100 * 1024),
         ):
+            constants = (
+                wide_constants(spec, 32, _wide_stages(spec.fmt, shared))
+                if wide
+                else {**partials_constants(spec, blocks, 32), "CENTER": options and blocks == 1}
+            )
+            names = [n for n in kernel.arg_names if n not in constants and n != "PDL"]
+            signature = {n: types.get(n, "i32") for n in names}
+            if not wide:
+                signature["q"] = f"*{dtype}"
             found.append(
                 Variant(
-                    name=f"partials-{name}",
-                    kernel=decode_partials,
-                    signature={
-                        "q": "*bf16", "signs": "*i32", "key_center": "*fp32",
-                        "pages": "*u8", **tensors, "q_digits": "*i8", "q_affine": "*fp32",
-                        **partials, **dict.fromkeys((*tables, "one", *sizes, *strides), "i32"),
-                        **dict.fromkeys(numbers, "fp32"),
-                    },
-                    constexprs={
-                        **partials_constants(spec, blocks, 32), "PDL": overlap,
-                        "CENTER": options and blocks == 1,
-                    },
+                    name=f"{short}-d{dim}-k{k_bits}v{v_bits}-rows{4 * blocks}" + "-all" * options,
+                    kernel=kernel,
+                    signature=signature,
+                    constexprs={**constants, "PDL": overlap},
                     num_warps=1,
-                    maxnreg=REGISTERS[_warps_per_sm(spec.fmt, blocks)],
-                    spills=SPILLS[dim, blocks],
-                    aligned=aligned,
+                    maxnreg=REGISTERS[WIDE_WARPS if wide else _warps_per_sm(spec.fmt, blocks)],
+                    spills=0 if wide else SPILLS[dim, blocks],
+                    aligned=tuple(n for n in aligned if n in names),
                     targets=targets,
-                    quick=(dim, k_bits, v_bits, options) == (128, 4, 4, False),
+                    quick=(dim, k_bits, v_bits) == (128, 4, 4) and (wide or not options),
                 )
-            )  # fmt: skip
+            )
     return found

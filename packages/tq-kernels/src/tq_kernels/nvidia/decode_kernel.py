@@ -29,6 +29,7 @@ from tq_kernels.nvidia.lanes import (
     load,
     max_over_lanes,
     second_byte_of_each,
+    store_four,
     sum_over_lanes,
 )
 from tq_kernels.nvidia.ptx import pv_tile, qk_tile
@@ -43,7 +44,7 @@ from tq_kernels.nvidia.tile_loads import (
 )
 from tq_kernels.nvidia.work import entries_of_program, pair_at, tiles_of_each
 
-__all__ = ["decode_partials"]
+__all__ = ["decode_partials", "partial_dims"]
 
 
 @triton.jit
@@ -239,6 +240,18 @@ def _prepared(q_digits, block, lane_g, lane_t, D: tl.constexpr):
     return load(q_digits.to(tl.int64) + start + lane_g * D + lane_t * (D // 4), D // 16, True)
 
 
+def partial_dims(head_dim: int) -> list[int]:
+    """Dimensions in the order in which partial results hold them."""
+    width = head_dim // 32
+    return [
+        side * (head_dim // 2) + 2 * (g * width + i) + parity
+        for i in range(width)
+        for g in range(8)
+        for parity in range(2)
+        for side in range(2)
+    ]
+
+
 # With ``one`` = 1 known to the compiler, a product and a sum would become a plain sum.
 @triton.jit(
     do_not_specialize=["one", "batch", "programs", "block_table_stride"],
@@ -301,8 +314,9 @@ def decode_partials(
 
     With ``ROTATE`` queries come from ``q`` [tokens, heads, D], else from ``q_digits`` and
     ``q_affine`` as `tq_kernels.nvidia.rows_kernel.prepare_queries` writes them.
-    ``partial_out`` float32 ``[programs + pairs, 4 NB, D]`` and ``partial_stats`` float32
-    ``[programs + pairs, 4 NB, 2]`` (base-2 maximum, sum) receive slot ``program + pair``.
+    ``partial_out`` float32 ``[programs + pairs, 4 NB, D]``, with dimensions in the order of
+    `partial_dims`, and ``partial_stats`` float32 ``[programs + pairs, 4 NB, 2]`` (base-2 maximum,
+    sum) receive slot ``program + pair``.
     """
     NW: tl.constexpr = D // 32
     program = tl.program_id(0)
@@ -464,11 +478,13 @@ def decode_partials(
             tl.store(partial_stats + row * 2, state[3 * n], mask=lane_g == 0)
             tl.store(partial_stats + row * 2 + 1, row_sum, mask=lane_g == 0)
             for i in tl.static_range(NW):
-                for parity in tl.static_range(2):
-                    for side in tl.static_range(2):
-                        dim = side * (D // 2) + 2 * (lane_g * NW + i) + parity
-                        value = state[3 * NB + (i * NB + n) * 4 + parity * 2 + side] - centre
-                        tl.store(partial_out + row * D + dim, value * v_step)
+                store_four(
+                    partial_out.to(tl.int64) + (row * D + i * 32 + lane_g * 4) * 4,
+                    (state[3 * NB + (i * NB + n) * 4] - centre) * v_step,
+                    (state[3 * NB + (i * NB + n) * 4 + 1] - centre) * v_step,
+                    (state[3 * NB + (i * NB + n) * 4 + 2] - centre) * v_step,
+                    (state[3 * NB + (i * NB + n) * 4 + 3] - centre) * v_step,
+                )
         position += count
     if PDL:
         # Not earlier: waiting programs would take room from the ones that work.

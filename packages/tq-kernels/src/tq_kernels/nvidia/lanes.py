@@ -21,6 +21,7 @@ __all__ = [
     "second_byte_of_each",
     "shuffle",
     "shuffle_float",
+    "store_four",
     "sum_over_lanes",
 ]
 
@@ -86,6 +87,19 @@ def load(address, COUNT: tl.constexpr, AGAIN: tl.constexpr = False):
     constraints: tl.constexpr = load_words(COUNT, AGAIN)[1]
     return tl.inline_asm_elementwise(
         asm, constraints, [address], dtype=(tl.int32,) * COUNT, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def store_four(address, a, b, c, d):
+    """Four floats to each lane's byte address, a multiple of 16."""
+    tl.inline_asm_elementwise(
+        "st.global.v4.b32 [$1], {$2, $3, $4, $5}; mov.b32 $0, 0;",
+        "=r,l,f,f,f,f",
+        [address, a, b, c, d],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
     )
 
 

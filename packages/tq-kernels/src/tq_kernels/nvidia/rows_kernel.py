@@ -60,14 +60,16 @@ def prepare_queries(
     NB: tl.constexpr,
     ROWS: tl.constexpr,
     CENTER: tl.constexpr,
+    WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Rotate queries and split them into two int8 digits.
 
-    ``q_digits`` int8 ``[pairs, NB, 4, 2, D]`` and ``q_affine`` float32 ``[pairs, NB, 4, 4]``: the
-    scale and offset that turn an integer dot product into a base-2 logit before the key's scale,
-    the logit of the key centre, and one number that is not used.
+    ``q_digits`` int8 ``[pairs, NB, 4, 2, D]``, or ``[pairs, 32, 2, D/32, 16]`` if ``WIDE``: for each
+    lane and digit the fragments of `tq_kernels.nvidia.wide_kernel`. ``q_affine`` float32
+    ``[pairs, NB, 4, 4]``: the scale and offset that turn an integer dot product into a base-2 logit
+    before the key's scale, the logit of the key centre, and one number that is not used.
     """
     if PDL:
         # In this order: what the next kernel loads before it waits may be new as well.
@@ -86,15 +88,21 @@ def prepare_queries(
     matrix = tl.load(rotation + dims[:, None] * D + dims[None, :])
     y = tl.dot((x / unit[:, None]).to(matrix.dtype), matrix, input_precision=PRECISION)
     peak = tl.maximum(tl.max(tl.abs(y), 1), 1e-30)
+    inside = rows < pairs * 4 * NB
     rounded = (y * (32639.0 / peak)[:, None] + 12582912.0) - 12582912.0
     total = tl.sum(rounded, 1)
     digits = rounded.to(tl.int32)
     high = (digits + 128) >> 8
     low = digits - high * 256
-    inside = rows < pairs * 4 * NB
-    place = (rows * (2 * D)).to(tl.int64)[:, None] + dims[None, :]
+    if WIDE:
+        of_row = rows // 16 * (32 * D) + rows % 8 * (4 * D) + rows % 16 // 8 * 4
+        of_dim = dims // (D // 4) * D + dims % (D // 4) // 8 * 16 + dims % 8 // 4 * 8 + dims % 4
+        place = of_row.to(tl.int64)[:, None] + of_dim[None, :]
+    else:
+        place = (rows * (2 * D)).to(tl.int64)[:, None] + dims[None, :]
     tl.store(q_digits + place, high.to(tl.int8), mask=inside[:, None])
-    tl.store(q_digits + place + D, low.to(tl.int8), mask=inside[:, None])
+    SECOND: tl.constexpr = D // 2 if WIDE else D
+    tl.store(q_digits + place + SECOND, low.to(tl.int8), mask=inside[:, None])
     scale = unit * (peak * (logit_scale / 32639.0))
     center = tl.zeros([ROWS], tl.float32)
     if CENTER:

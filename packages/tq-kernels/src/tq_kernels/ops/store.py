@@ -19,7 +19,7 @@ from tq_kernels.format import KVFormat
 from tq_kernels.ops.backend import check_slot_count, portable_kernels
 from tq_kernels.quantize import check_finite, encode_tokens
 
-__all__ = ["check_store", "store", "store_ref"]
+__all__ = ["check_store", "store", "store_ref", "warm_up_store"]
 
 
 def check_store(k: Tensor, v: Tensor, pages: Tensor, slot_mapping: Tensor, fmt: KVFormat) -> None:
@@ -114,3 +114,24 @@ def store(k: Tensor, v: Tensor, pages: Tensor, slot_mapping: Tensor, fmt: KVForm
         check_finite(k[kept], "k")
         check_finite(v[kept], "v")
     kernels.store(k, v, pages, slot_mapping, fmt)
+
+
+def warm_up_store(
+    fmt: KVFormat, kv_heads: int, max_tokens: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Compile what `store` needs for up to ``max_tokens`` tokens, by runs that store nothing.
+
+    Parameters
+    ----------
+    fmt : KVFormat
+    kv_heads, max_tokens : int
+    dtype : torch.dtype
+        Of keys and values.
+    device : torch.device
+    """
+    pages = torch.zeros(1, kv_heads, fmt.record_bytes, dtype=torch.uint8, device=device)
+    kernels = portable_kernels("store", device)
+    for tokens in kernels.token_counts(kv_heads, max_tokens):
+        kv = torch.zeros(tokens, kv_heads, fmt.head_dim, dtype=dtype, device=device)
+        nowhere = torch.full((tokens,), -1, dtype=torch.int64, device=device)
+        store(kv, kv, pages, nowhere, fmt)

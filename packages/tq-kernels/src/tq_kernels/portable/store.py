@@ -44,7 +44,7 @@ from tq_kernels.portable.rotation_tile import (
 )
 from tq_kernels.quantize import codebook_of, step_of
 
-__all__ = ["StoreShape", "store"]
+__all__ = ["StoreShape", "store", "token_counts"]
 
 SCALES = {"mse": 0, "norm": 1, "unbiased": 2, "none": 3}
 
@@ -243,6 +243,10 @@ def code_table(fmt: KVFormat, kind: Kind, device: torch.device) -> CodeTable:
     return CodeTable(entries.to(torch.uint8).to(device), count * slope - 1, offset)
 
 
+#: Vectors of keys, or of values, from which on programs are larger, and take several heads in turn.
+MANY, VERY_MANY = 8193, 65536
+
+
 @dataclass(frozen=True)
 class StoreShape:
     """How a launch is cut: tokens a program, warps, pipeline stages and heads in turn.
@@ -261,11 +265,11 @@ class StoreShape:
 
         Multiplying from registers pays where 4 warps share a tensor core's right operand.
         """
-        if tokens * heads <= 8192:
+        if tokens * heads < MANY:
             return StoreShape(16, 4)
         if head_dim not in (16, 32, 64, 128):
             return StoreShape(32, 4)
-        in_turn = gcd(heads, 4) if tokens * heads >= 65536 else 1
+        in_turn = gcd(heads, 4) if tokens * heads >= VERY_MANY else 1
         return StoreShape(64, 4, heads=in_turn if hopper else 0)
 
     def takes_operands(self, fmt: KVFormat, dtype: torch.dtype, parts: int) -> bool:
@@ -368,6 +372,11 @@ def store(
         **_constexprs(fmt, shape, c),
         num_warps=shape.num_warps, num_stages=shape.num_stages,
     )  # fmt: skip
+
+
+def token_counts(heads: int, most: int) -> list[int]:
+    """Numbers of tokens, up to ``most``, that between them need all kernels."""
+    return [n for n in (1, *(-(-count // heads) for count in (MANY, VERY_MANY))) if n <= most]
 
 
 def aot_variants() -> list[Variant]:
