@@ -64,6 +64,8 @@ LEAST_TILES = 1
 MERGED_ROWS = 16
 FEW_ROWS = 64
 MANY_PARTS = 16
+#: Programs up to which those that combine at most FEW_ROWS rows may start beside them.
+FEW_PROGRAMS = 264
 
 
 def _of_device(device: torch.device) -> tuple[tuple[int, int], int, int]:
@@ -302,6 +304,7 @@ class NvidiaDecodePlan:
         # No more programs than the table has room for tiles.
         tiles = pairs * triton.cdiv(block_table.shape[1] * spec.fmt.page_size, 64)
         programs = min(self.programs, max(1, tiles))
+        early = int(rows <= FEW_ROWS and programs <= FEW_PROGRAMS)
         if not self._rotates:
             prepare_queries[(triton.cdiv(rows, MERGED_ROWS),)](
                 q, self._forward, cu, center, self._q_digits, self._q_affine,
@@ -327,7 +330,7 @@ class NvidiaDecodePlan:
                 self._q_digits, self._q_affine, self._partial_out, self._partial_stats,
                 *self._k_table, *self._v_table, 1, self._k_center, self._v_center, self._v_step,
                 self._logit_scale, spec.scale * LOG2E, spec.soft_cap or 0.0, window, spec.fmt.rounds,
-                batch, spec.kv_heads, self.chunks, spec.group, programs, LEAST_TILES,
+                batch, spec.kv_heads, self.chunks, spec.group, programs, LEAST_TILES, early,
                 q.stride(0), q.stride(1), pages.stride(0), pages.stride(1), block_table.stride(0),
                 **partials_constants(spec, self.blocks, batch_block),
                 CENTER=key_center is not None and self._rotates,

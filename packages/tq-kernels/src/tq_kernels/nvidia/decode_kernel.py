@@ -40,6 +40,7 @@ from tq_kernels.nvidia.tile_loads import (
     key_offset,
     load_tile_keys,
     load_tile_values,
+    pages_of_tile,
     to_value_lanes,
 )
 from tq_kernels.nvidia.work import entries_of_program, pair_at, tiles_of_each
@@ -254,7 +255,7 @@ def partial_dims(head_dim: int) -> list[int]:
 
 # With ``one`` = 1 known to the compiler, a product and a sum would become a plain sum.
 @triton.jit(
-    do_not_specialize=["one", "batch", "programs", "block_table_stride"],
+    do_not_specialize=["one", "batch", "programs", "early", "block_table_stride"],
     do_not_specialize_on_alignment=["block_table", "seq_lens", "cu_query_lens"],
 )
 def decode_partials(
@@ -292,6 +293,7 @@ def decode_partials(
     group,
     programs,
     least,
+    early,
     q_token_stride,
     q_head_stride,
     page_stride,
@@ -313,10 +315,10 @@ def decode_partials(
     """Partial attention of every (program, pair) that meet; see the module's description.
 
     With ``ROTATE`` queries come from ``q`` [tokens, heads, D], else from ``q_digits`` and
-    ``q_affine`` as `tq_kernels.nvidia.rows_kernel.prepare_queries` writes them.
-    ``partial_out`` float32 ``[programs + pairs, 4 NB, D]``, with dimensions in the order of
-    `partial_dims`, and ``partial_stats`` float32 ``[programs + pairs, 4 NB, 2]`` (base-2 maximum,
-    sum) receive slot ``program + pair``.
+    ``q_affine`` as `tq_kernels.nvidia.rows_kernel.prepare_queries` writes them. If ``early`` is not
+    0 the next kernel is let in at once. ``partial_out`` float32 ``[programs + pairs, 4 NB, D]``, with
+    dimensions in the order of `partial_dims`, and ``partial_stats`` float32
+    ``[programs + pairs, 4 NB, 2]`` (base-2 maximum, sum) receive slot ``program + pair``.
     """
     NW: tl.constexpr = D // 32
     program = tl.program_id(0)
@@ -325,6 +327,8 @@ def decode_partials(
     lane_t = lane % 4
     if PDL and ROTATE:
         gdc_wait()
+    if PDL and early != 0:
+        gdc_launch_dependents()
 
     heads_of = kv_heads * chunks
     tiles = tiles_of_each(seq_lens, cu_query_lens, batch, window, BATCH_BLOCK, WINDOW)
@@ -343,11 +347,11 @@ def decode_partials(
         last_page = tl.maximum(length - 1, 0) // PAGE
 
         head = pages.to(tl.int64) + kv_head.to(tl.int64) * record_stride
+        found = pages_of_tile(table, first, last_page, lane_g, lane_t, SPREAD, PAGE)
         keys, k_scales = load_tile_keys(
             head,
-            table,
+            found,
             first,
-            last_page,
             lane_g,
             lane_t,
             page_stride,
@@ -357,9 +361,7 @@ def decode_partials(
             PAGE,
             SPREAD,
         )
-        fetch_values(
-            head, table, first, last_page, lane_g, lane_t, page_stride, K_BITS, V_BITS, D, PAGE
-        )
+        fetch_values(head, found, first, lane_g, lane_t, page_stride, K_BITS, V_BITS, D, PAGE)
         if PDL and not ROTATE:
             # Only queries come from the kernel before; a first tile is on its way already.
             gdc_wait()
@@ -412,9 +414,8 @@ def decode_partials(
             # Values arrive while scores are computed, the next keys while values are summed.
             values, v_scales = load_tile_values(
                 head,
-                table,
+                found,
                 tile,
-                last_page,
                 lane_g,
                 lane_t,
                 page_stride,
@@ -424,6 +425,8 @@ def decode_partials(
                 PAGE,
                 SPREAD,
             )
+            ahead = tl.minimum(tile + 1, first + count - 1)
+            found = pages_of_tile(table, ahead, last_page, lane_g, lane_t, SPREAD, PAGE)
             rows = query
             if NB == 4:
                 # Held from tile to tile they would push other registers into memory.
@@ -454,12 +457,10 @@ def decode_partials(
                 WINDOW,
                 CAP,
             )
-            ahead = tl.minimum(tile + 1, first + count - 1)
             keys, k_scales = load_tile_keys(
                 head,
-                table,
+                found,
                 ahead,
-                last_page,
                 lane_g,
                 lane_t,
                 page_stride,
@@ -487,5 +488,5 @@ def decode_partials(
                 )
         position += count
     if PDL:
-        # Not earlier: waiting programs would take room from the ones that work.
+        # Not earlier where programs are many: waiting ones would take room from those that work.
         gdc_launch_dependents()

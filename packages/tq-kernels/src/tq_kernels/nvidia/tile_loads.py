@@ -26,6 +26,7 @@ __all__ = [
     "key_offset",
     "load_tile_keys",
     "load_tile_values",
+    "pages_of_tile",
     "rows_of_a_line",
     "to_value_lanes",
 ]
@@ -51,22 +52,23 @@ def key_offset(i: int, spread: int) -> int:
 
 
 @triton.jit
-def _record(pages, block_table, token, last_page, page_stride, PAGE: tl.constexpr):
-    """Address of the record that holds each lane's token; past the end, of the last one."""
-    page = tl.load(block_table + tl.minimum(token // PAGE, last_page)).to(tl.int64)
-    return pages + page * page_stride
+def pages_of_tile(
+    block_table, tile, last_page, lane_g, lane_t, SPREAD: tl.constexpr, PAGE: tl.constexpr
+):
+    """Pages of the first and the last 4 keys of a lane, and of its values; past the end the last."""
+    token = first_key(tile, lane_g, SPREAD)
+    first = tl.load(block_table + tl.minimum(token // PAGE, last_page))
+    second = first
+    if SPREAD == 4:
+        second = tl.load(block_table + tl.minimum((token + 32) // PAGE, last_page))
+    values = tl.load(block_table + tl.minimum((tile * 64 + lane_t * 16) // PAGE, last_page))
+    return first, second, values
 
 
 @triton.jit
-def _key_records(
-    pages, block_table, token, last_page, page_stride, SPREAD: tl.constexpr, PAGE: tl.constexpr
-):
-    """Records of the first and of the last 4 tokens that a lane scores."""
-    record = _record(pages, block_table, token, last_page, page_stride, PAGE)
-    if SPREAD == 4:
-        return record, _record(pages, block_table, token + 32, last_page, page_stride, PAGE)
-    else:
-        return record, record
+def _record(pages, page, page_stride):
+    """Address of the record of a head on each lane's page."""
+    return pages + page.to(tl.int64) * page_stride
 
 
 @triton.jit
@@ -165,9 +167,8 @@ def _load_scales(records, token, SPREAD: tl.constexpr, PAGE: tl.constexpr):
 @triton.jit
 def load_tile_keys(
     pages,
-    block_table,
+    found,
     tile,
-    last_page,
     lane_g,
     lane_t,
     page_stride,
@@ -179,7 +180,7 @@ def load_tile_keys(
 ):
     """Words and scales of the 8 keys of a lane."""
     token = first_key(tile, lane_g, SPREAD)
-    records = _key_records(pages, block_table, token, last_page, page_stride, SPREAD, PAGE)
+    records = (_record(pages, found[0], page_stride), _record(pages, found[1], page_stride))
     shift = (lane_t & 1) * 2
     keys = ()
     for i in tl.static_range(8):
@@ -193,29 +194,10 @@ def load_tile_keys(
 
 
 @triton.jit
-def _value_record(
-    pages,
-    block_table,
-    tile,
-    last_page,
-    lane_t,
-    page_stride,
-    K_BITS: tl.constexpr,
-    D: tl.constexpr,
-    PAGE: tl.constexpr,
-):
-    """Where the values of the record begin that holds those of a lane, and its first quad there."""
-    token = tile * 64 + lane_t * 16
-    record = _record(pages, block_table, token, last_page, page_stride, PAGE)
-    return record + PAGE * D * K_BITS // 8, token % PAGE // 4
-
-
-@triton.jit
 def load_tile_values(
     pages,
-    block_table,
+    found,
     tile,
-    last_page,
     lane_g,
     lane_t,
     page_stride,
@@ -226,15 +208,14 @@ def load_tile_values(
     SPREAD: tl.constexpr,
 ):
     """Words of the 4 quads of values of a lane, and value scales of the tokens of its keys."""
-    record, quad = _value_record(
-        pages, block_table, tile, last_page, lane_t, page_stride, K_BITS, D, PAGE
-    )
+    record = _record(pages, found[2], page_stride) + PAGE * D * K_BITS // 8
+    quad = (tile * 64 + lane_t * 16) % PAGE // 4
     shift = (lane_g & 1) * 2
     values = ()
     for i in tl.static_range(4):
         values = values + _load_quad(record, quad + i, shift, lane_g, V_BITS, D, PAGE)
     token = first_key(tile, lane_g, SPREAD)
-    records = _key_records(pages, block_table, token, last_page, page_stride, SPREAD, PAGE)
+    records = (_record(pages, found[0], page_stride), _record(pages, found[1], page_stride))
     behind = PAGE * D * (K_BITS + V_BITS) // 8 + PAGE * 2
     return values, _load_scales((records[0] + behind, records[1] + behind), token, SPREAD, PAGE)
 
@@ -242,9 +223,8 @@ def load_tile_values(
 @triton.jit
 def fetch_values(
     pages,
-    block_table,
+    found,
     tile,
-    last_page,
     lane_g,
     lane_t,
     page_stride,
@@ -254,9 +234,8 @@ def fetch_values(
     PAGE: tl.constexpr,
 ):
     """Ask the L2 cache for the values that `load_tile_values` will load."""
-    record, quad = _value_record(
-        pages, block_table, tile, last_page, lane_t, page_stride, K_BITS, D, PAGE
-    )
+    record = _record(pages, found[2], page_stride) + PAGE * D * K_BITS // 8
+    quad = (tile * 64 + lane_t * 16) % PAGE // 4
     QUAD: tl.constexpr = D * (2 if V_BITS == 3 else V_BITS) // 2  # of 3 bits, the larger plane
     for i in tl.static_range((4 * QUAD + 1023) // 1024):
         _fetch(record + quad * QUAD + tl.minimum(lane_g * 128 + i * 1024, 4 * QUAD - 1))
