@@ -15,8 +15,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULT = ROOT / "benchmarks/results/gpu-h200.json"
-PLOT = ROOT / "docs/performance-h200.png"
+RESULT = ROOT / "benchmarks/results/gpu-h100.json"
+PLOT = ROOT / "docs/performance-h100.png"
 STYLES = {
     "TurboQuant": ("o", "tab:red"),
     "FlashAttention 3 bf16": ("s", "tab:blue"),

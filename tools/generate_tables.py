@@ -98,15 +98,18 @@ def demo() -> str:
     return markdown((*header, "Llama-3.1-8B shape, 128k"), rows)
 
 
-GPU_RESULT = "benchmarks/results/gpu-h200.json"
+GPU_RESULT = "benchmarks/results/gpu-h100.json"
+#: From before several changes; see docs/performance.md.
+H200_RESULT = "benchmarks/results/gpu-h200.json"
+VARIANTS = "benchmarks/results/variants-h100.json"
 OURS, FA3 = "TurboQuant", "FlashAttention 3 bf16"
 #: Larger errors of our kernels against the reference are no result.
 MOST_ERROR = 0.02
 
 
-def gpu(section: str) -> list[dict[str, Any]]:
+def gpu(section: str, source: str = GPU_RESULT) -> list[dict[str, Any]]:
     """Entries of a section of the GPU benchmark whose outputs were right."""
-    entries = load(GPU_RESULT)["sections"][section]
+    entries = load(source)["sections"][section]
     return [entry for entry in entries if sound(entry["kernels"].get(OURS))]
 
 
@@ -158,10 +161,9 @@ def gpu_rows(section: str, label: Callable[[dict[str, Any]], str], peers: Sequen
     return markdown(header, rows)
 
 
-@table("gpu-machine")
-def gpu_machine() -> str:
+def gpu_machine(source: str) -> str:
     """What the GPU benchmark ran on."""
-    result = load(GPU_RESULT)
+    result = load(source)
     machine = result["machine"]
     rows = [
         ("device", f"{machine['device']}, driver {machine['driver']}"),
@@ -171,6 +173,38 @@ def gpu_machine() -> str:
         ("read alone", f"{result['read']['tbps']:.2f} TB/s"),
     ]
     return markdown(("", ""), rows)
+
+
+@table("gpu-machine")
+def gpu_machine_here() -> str:
+    """That of the other tables."""
+    return gpu_machine(GPU_RESULT)
+
+
+@table("h200-machine")
+def gpu_machine_h200() -> str:
+    """That of `h200`."""
+    return gpu_machine(H200_RESULT)
+
+
+@table("h200")
+def h200() -> str:
+    """Main shapes on an H200."""
+
+    def several(shape: dict[str, Any]) -> str:
+        return f", {shape['query_len']} tokens" if shape["query_len"] > 1 else ""
+
+    rows = [
+        (f"decode, {size(e['shape'])}{several(e['shape'])}", e, FA3)
+        for section in ("decode", "queries")
+        for e in gpu(section, H200_RESULT)
+    ]
+    rows += [
+        (f"store, {e['shape']['tokens']:,} tokens", e, "copy of the same bytes")
+        for e in gpu("store", H200_RESULT)
+    ]
+    cells = [(label, microseconds(e, OURS), rate(e), microseconds(e, n)) for label, e, n in rows]
+    return markdown(("", "TurboQuant µs", "of copy", f"{FA3} or copy, µs"), cells)
 
 
 @table("gpu-decode")
@@ -303,24 +337,67 @@ def variants(
     return rows
 
 
-@table("decode-start")
-def decode_start() -> str:
-    """What starting early changed, in one run on an H100."""
-    kinds = ("early start", "first values fetched", "programs by table")
-    found = load("benchmarks/results/variants-h100.json")["decode_start"]["rows"]
-    entries = [entry for entry in found if "before" in entry["us"]]
+def steps(section: str, kinds: Sequence[str]) -> str:
+    """Decode before and after changes, in one run on an H100."""
+    entries = load(VARIANTS)[section]["rows"]
     rows = variants(entries, kinds, [entry["us"]["before"] for entry in entries])
     return markdown(("", "before µs", *(f"{kind} µs" for kind in kinds)), rows)
 
 
-@table("decode-wide")
-def decode_wide() -> str:
-    """Four query tokens on fp16 tensor cores, against the kernel of the other tables."""
-    entries = load("benchmarks/results/variants-h200.json")["decode"]
-    kinds = list(entries[0]["us"])
-    kept = {size(e["shape"]): e["kernels"][OURS]["ms"]["p50"] * 1e3 for e in gpu("queries")}
-    rows = variants(entries, kinds, [kept[size(entry["shape"])] for entry in entries])
+@table("decode-lines")
+def decode_lines() -> str:
+    """Partial results in whole lines."""
+    return steps("decode_lines", ("whole lines",))
+
+
+@table("decode-pages")
+def decode_pages() -> str:
+    """Pages looked up ahead, and combining let in early."""
+    return steps("decode_pages", ("pages ahead", "combining early"))
+
+
+@table("decode-rows")
+def decode_rows() -> str:
+    """Ways to attend 16 query rows."""
+    entries = load(VARIANTS)["decode_rows"]["rows"]
+    kinds = [kind for kind in entries[0]["us"] if kind != "int8"]
+    rows = []
+    for entry in entries:
+        us, shape = entry["us"], entry["shape"]
+        label = size(shape) + (", 4 tokens" if shape["query_len"] > 1 else ", group 8")
+        cells = (f"{us[k]:.1f} ({us[k] / us['int8']:.2f}x)" if k in us else "–" for k in kinds)
+        rows.append((label, f"{us['int8']:.1f}", *cells))
     return markdown(("", "int8 µs", *(f"{kind} µs" for kind in kinds)), rows)
+
+
+@table("store-operands")
+def store_operands() -> str:
+    """Ways to store many tokens, over a copy of the same bytes."""
+    entries = load(VARIANTS)["store_operands"]["rows"]
+    kinds = [kind for kind in entries[0]["us"] if kind not in ("copy", "kept")]
+    counts = [entry for entry in entries if kinds[-1] in entry["us"]]
+    rows = [
+        (kind, *(f"{e['us'][kind]:.1f} ({e['us'][kind] / e['us']['copy']:.2f}x)" for e in counts))
+        for kind in kinds
+    ]
+    return markdown(("", *(f"{e['tokens']:,} tokens, µs" for e in counts)), rows)
+
+
+@table("gpu-counters")
+def gpu_counters() -> str:
+    """Hardware counters of the kernels."""
+    kernels = load(VARIANTS)["counters"]["kernels"]
+    reasons = [k for k in kernels[0]["stalls"] if max(e["stalls"][k] for e in kernels) >= 5]
+    reasons.sort(key=lambda k: -max(e["stalls"][k] for e in kernels))
+    lines = [
+        ("memory busy %", "dram_percent", 0),
+        ("L1 and shared memory busy %", "l1_percent", 0),
+        ("issue slots busy %", "issue_percent", 0),
+        ("warps of a scheduler", "warps_per_scheduler", 1),
+    ]
+    rows = [(title, *(f"{e[key]:.{n}f}" for e in kernels)) for title, key, n in lines]
+    rows += [(f"waits: {k} %", *(f"{e['stalls'][k]:.0f}" for e in kernels)) for k in reasons]
+    return markdown(("", *(e["kernel"] for e in kernels)), rows)
 
 
 def results(kind: str) -> list[dict[str, Any]]:
