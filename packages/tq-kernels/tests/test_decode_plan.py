@@ -20,8 +20,8 @@ on_gpu = pytest.mark.skipif(not GPU, reason="needs an NVIDIA GPU")
 def check(fmt, heads, kv_heads, lengths, counts, dtype, *, kernels, seed=0, width=0, **options):
     """Compare a plan with float64: the error is at most twice that of the eager operation.
 
-    Output, LSE and what no sequence uses of the cache are poisoned before. The block table gets
-    ``width`` columns if it has fewer.
+    Output, LSE and what no sequence uses of the cache, pages behind the window among it, are poisoned
+    before. The block table gets ``width`` columns if it has fewer.
     """
     cache = random_cache(fmt, kv_heads, lengths, seed=seed, key_spread=2.0)
     rng = torch.Generator().manual_seed(seed)
@@ -42,6 +42,9 @@ def check(fmt, heads, kv_heads, lengths, counts, dtype, *, kernels, seed=0, widt
         **options,
     )
     assert plan.kernels == kernels
+    for length, count, table in zip(lengths, counts, cache.block_table, strict=True):
+        behind = length - count + 1 - options.get("sliding_window", length)
+        cache.pages[table[: max(0, behind) // fmt.page_size].long()] = 0xFF  # NaN as a scale
     here = cache.to(DEVICE)
     more = max(0, width - here.block_table.shape[1])
     out = torch.full_like(q, torch.nan).to(DEVICE)
