@@ -32,7 +32,6 @@ from tq_kernels.nvidia.lanes import (
     store_four,
     sum_over_lanes,
 )
-from tq_kernels.nvidia.ptx import pv_tile, qk_tile
 from tq_kernels.nvidia.query_digits import query_digits
 from tq_kernels.nvidia.tile_loads import (
     fetch_values,
@@ -43,6 +42,7 @@ from tq_kernels.nvidia.tile_loads import (
     pages_of_tile,
     to_value_lanes,
 )
+from tq_kernels.nvidia.tile_ptx import pv_tile, qk_tile
 from tq_kernels.nvidia.work import entries_of_program, pair_at, tiles_of_each
 
 __all__ = ["decode_partials", "partial_dims"]

@@ -22,7 +22,6 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tq_kernels.nvidia.lanes import butterfly, half, load, store_four
-from tq_kernels.nvidia.ptx import pv_wide, qk_wide, raise_maximum, sums_wide
 from tq_kernels.nvidia.stages import (
     claim,
     commit,
@@ -33,6 +32,7 @@ from tq_kernels.nvidia.stages import (
     step_scales,
     wait,
 )
+from tq_kernels.nvidia.wide_ptx import pv_wide, qk_wide, raise_maximum, sums_wide
 from tq_kernels.nvidia.work import entries_of_program, pair_at, tiles_of_each
 
 __all__ = ["decode_wide", "wide_dims"]
