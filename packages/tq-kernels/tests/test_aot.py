@@ -27,7 +27,7 @@ def test_quick_variants_compile_and_fit(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(results.read_text(encoding="utf-8"))
     for module in MODULES:
-        name = module.removeprefix("tq_kernels.")
+        name = module.removeprefix("tq_kernels.").removesuffix("_aot")
         assert any(r["name"].startswith(f"{name}/") for r in found), name
     for target in TARGETS:
         portable = [r for r in found if r["target"] == target and "portable" in r["name"]]
@@ -35,6 +35,33 @@ def test_quick_variants_compile_and_fit(tmp_path: Path) -> None:
     for r in found:
         assert r["registers"] > 0 and r["spills"] <= r["allowed"] <= 64, r
         assert r["shared"] <= SHARED_LIMIT[r["target"]]
+
+
+def test_every_kernel_is_compiled() -> None:
+    """Functions for a GPU that no other one calls are kernels."""
+    program = """
+import ast, importlib, inspect, pkgutil
+from triton.runtime.jit import JITFunction
+import tq_kernels
+from tq_kernels.aot import variants
+defined, called = set(), set()
+for info in pkgutil.walk_packages(tq_kernels.__path__, "tq_kernels."):
+    module = importlib.import_module(info.name)
+    for function in vars(module).values():
+        if isinstance(function, JITFunction) and function.__module__ == info.name:
+            defined.add(function)
+            for node in ast.walk(ast.parse(inspect.getsource(function.fn))):
+                if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                    called.add(getattr(module, node.func.id, None))
+kernels, compiled = defined - called, {v.kernel for v in variants()}
+print(len(kernels), [f"{k.__module__}.{k.__name__}" for k in kernels ^ compiled])
+"""
+    environment = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    count, differ = done.stdout.split(" ", 1)
+    assert int(count) >= 10
+    assert differ == "[]\n"
 
 
 def test_numbers_that_change_between_calls_compile_nothing_new() -> None:

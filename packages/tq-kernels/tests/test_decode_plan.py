@@ -177,8 +177,9 @@ def test_queries_of_any_size(size):
 
 
 @on_gpu
-def test_haar_rotation_and_a_long_sequence_among_short_ones():
-    fmt = KVFormat(128, 3, 3, rotation="haar", seed=5)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_haar_rotation_and_a_long_sequence_among_short_ones(head_dim):
+    fmt = KVFormat(head_dim, 3, 3, rotation="haar", seed=5)
     lengths = [30000, *[5] * 70]
     check(fmt, 4, 1, lengths, [1] * len(lengths), torch.float16, kernels="nvidia")
 
@@ -337,16 +338,13 @@ def test_emulated_logits_that_rise(one_multiprocessor):
     torch.testing.assert_close(out.double(), want, rtol=2e-2, atol=2e-2)
 
 
-def test_emulated_other_rotations(one_multiprocessor):
-    check(
-        KVFormat(64, 3, 3, rotation="haar", seed=5),
-        4,
-        1,
-        [70],
-        [1],
-        torch.float16,
-        kernels="nvidia",
-    )
+@pytest.mark.parametrize(
+    ("head_dim", "queries", "dtype"),
+    [(64, 1, torch.float16), (256, 1, torch.float16), (64, 4, torch.bfloat16)],
+)
+def test_emulated_other_rotations(one_multiprocessor, head_dim, queries, dtype):
+    fmt = KVFormat(head_dim, 3, 3, rotation="haar", seed=5)
+    check(fmt, 4, 1, [70], [queries], dtype, kernels="nvidia")
 
 
 @pytest.mark.parametrize("rounds", [1, 2, 4])

@@ -31,13 +31,17 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
+from functools import lru_cache
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +56,7 @@ MODULES: tuple[str, ...] = (
     "tq_kernels.portable.store",
     "tq_kernels.portable.rotate",
     "tq_kernels.portable.dequantize",
-    "tq_kernels.nvidia.decode",
+    "tq_kernels.nvidia.decode_aot",
 )
 
 #: Name of each target: backend, architecture and lanes of a warp.
@@ -130,7 +134,7 @@ def variants(match: str = "*", quick: bool = False) -> list[Variant]:
     """All variants of `MODULES` whose name matches; names carry that of their module."""
     found = []
     for module in MODULES:
-        short = module.removeprefix("tq_kernels.")
+        short = module.removeprefix("tq_kernels.").removesuffix("_aot")
         for variant in importlib.import_module(module).aot_variants():
             named = Variant(**{**vars(variant), "name": f"{short}/{variant.name}"})
             if fnmatch(named.name, match) and (named.quick or not quick):
@@ -212,11 +216,20 @@ def compile_variant(variant: Variant, target: str) -> Resources:
     )
 
 
-def _compile_all(found: list[Variant], targets: list[str]) -> Iterator[Resources]:
-    for variant in found:
-        for target in targets:
-            if target in variant.targets:
-                yield compile_variant(variant, target)
+@lru_cache(maxsize=1)
+def _by_name() -> dict[tuple[str, str], Variant]:
+    return {(v.name, target): v for v in variants() for target in v.targets}
+
+
+def _compile_named(name: str, target: str) -> Resources:
+    """`compile_variant` of a variant that another process names."""
+    return compile_variant(_by_name()[name, target], target)
+
+
+def _compile_all(found: list[Variant], targets: list[str], jobs: int) -> Iterator[Resources]:
+    chosen = [(v.name, target) for v in found for target in targets if target in v.targets]
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as processes:
+        yield from processes.map(_compile_named, *zip(*chosen, strict=True))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -225,12 +238,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--target", action="append", choices=list(TARGETS), help="all if not given")
     parser.add_argument("--match", default="*", help="pattern of the names, such as '*store*'")
     parser.add_argument("--quick", action="store_true", help="only the subset of the tests")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
     parser.add_argument("--json", type=Path, help="file to write the results to")
     options = parser.parse_args(arguments)
     found = variants(options.match, options.quick)
     results = []
     print(f"{'registers':>9} {'spills':>6} {'shared':>7}  target   kernel")
-    for r in _compile_all(found, options.target or list(TARGETS)):
+    for r in _compile_all(found, options.target or list(TARGETS), options.jobs):
         results.append(r)
         line = f"{r.registers:>9} {r.spills:>6} {r.shared:>7}  {r.target:<8} {r.name}"
         print(line + ("" if r.fits else "   <- does not fit"), flush=True)

@@ -10,7 +10,6 @@ import triton
 from torch import Tensor
 from tq_core import Codebook, HadamardRotation, TQError
 
-from tq_kernels.aot import Variant
 from tq_kernels.attention_spec import AttentionSpec
 from tq_kernels.format import KVFormat
 from tq_kernels.nvidia.decode_kernel import decode_partials, partial_dims
@@ -18,9 +17,24 @@ from tq_kernels.nvidia.rows_kernel import combine_partials, prepare_queries
 from tq_kernels.nvidia.stages import place_of
 from tq_kernels.nvidia.tile_loads import rows_of_a_line
 from tq_kernels.nvidia.wide_kernel import decode_wide, wide_dims
+from tq_kernels.portable.rotation_tile import RotationParts, rotation_parts, step_width
 from tq_kernels.quantize import codebook_of, step_of
 
-__all__ = ["NvidiaDecodePlan", "aot_variants", "unsupported"]
+__all__ = [
+    "AROUND_WARPS",
+    "REGISTERS",
+    "NvidiaDecodePlan",
+    "combine_constants",
+    "is_wide",
+    "partials_constants",
+    "prepare_constants",
+    "query_blocks",
+    "rotations",
+    "unsupported",
+    "warps_per_sm",
+    "wide_constants",
+    "wide_stages",
+]
 
 LOG2E = 1.4426950408889634
 
@@ -46,17 +60,6 @@ WIDE_WARPS, WIDE_STEPS = 8, 2
 WIDE_STAGES, FEW_WIDE_STAGES = 3, 2
 #: Registers a lane that let so many warps run.
 REGISTERS = {16: 128, 12: 168, 8: 255}
-#: Bytes of stack a lane that this may cost, by head_dim and query blocks: measured on an H200, more
-#: warps, or more query rows for every decoded tile, pay for some spilled words.
-SPILLS = {
-    (64, 1): 16,
-    (64, 2): 16,
-    (64, 4): 32,
-    (128, 1): 64,
-    (128, 2): 64,
-    (128, 4): 64,
-    (256, 1): 96,
-}
 #: Fewest tiles of 64 tokens that a program attends.
 LEAST_TILES = 1
 #: Query rows that one combining program merges, if there are more than FEW_ROWS and each has fewer
@@ -64,6 +67,8 @@ LEAST_TILES = 1
 MERGED_ROWS = 16
 FEW_ROWS = 64
 MANY_PARTS = 16
+#: Warps of a program of the kernels before and after the attending one.
+AROUND_WARPS = 4
 #: Programs up to which those that combine at most FEW_ROWS rows may start beside them.
 FEW_PROGRAMS = 264
 
@@ -110,35 +115,13 @@ def _center(codebook: Codebook) -> float:
     return -0.5 if codebook.bits == 8 else 63.5
 
 
-def _hadamard_scale(fmt: KVFormat) -> float:
-    """What a Hadamard rotation is times a matrix of integers: each round adds ``D**-0.5``."""
-    return math.pow(fmt.head_dim, -fmt.rounds / 2)
-
-
-def _exact_rotation(fmt: KVFormat) -> tuple[Tensor, float]:
-    """A rotation as ``scale`` times an fp16 matrix if that is exact, else as float32."""
-    matrix = fmt.rotation_matrix("cpu", torch.float64)
-    if fmt.rotation == "hadamard":
-        scale = _hadamard_scale(fmt)
-        integers = (matrix / scale).round()
-        if integers.abs().max() <= 2048:
-            return integers.half(), scale
-    return matrix.float(), 1.0
-
-
-def _layout(spec: AttentionSpec) -> tuple[int, int]:
+def query_blocks(spec: AttentionSpec) -> tuple[int, int]:
     """Query blocks of a program and how many programs share the rows of a KV head."""
     needed = max(1, math.ceil(spec.group * spec.max_query_len / 4))
     most = MOST_BLOCKS[spec.fmt.head_dim]
     if needed > most:
         return most, math.ceil(needed / most)
     return 1 << (needed - 1).bit_length(), 1
-
-
-def _warps_per_sm(fmt: KVFormat, blocks: int) -> int:
-    if fmt.head_dim == 256 and fmt.k_bits == 8:
-        return WARPS_WITH_WIDE_KEYS
-    return WARPS_PER_SM[fmt.head_dim, blocks]
 
 
 def _batch_block(batch: int) -> int:
@@ -149,9 +132,28 @@ def _batch_block(batch: int) -> int:
     return size
 
 
-def _is_wide(spec: AttentionSpec) -> bool:
+def is_wide(spec: AttentionSpec) -> bool:
     """Whether `decode_wide` attends: 16 query rows of bf16; it rounds weights to bf16."""
-    return _layout(spec)[0] == 4 and spec.dtype == torch.bfloat16 and spec.fmt.v_bits < 8
+    return query_blocks(spec)[0] == 4 and spec.dtype == torch.bfloat16 and spec.fmt.v_bits < 8
+
+
+def warps_per_sm(spec: AttentionSpec) -> int:
+    """Warps of the attending kernel that a multiprocessor runs at once, a key of `REGISTERS`."""
+    if is_wide(spec):
+        return WIDE_WARPS
+    if spec.fmt.head_dim == 256 and spec.fmt.k_bits == 8:
+        return WARPS_WITH_WIDE_KEYS
+    return WARPS_PER_SM[spec.fmt.head_dim, query_blocks(spec)[0]]
+
+
+def rotations(spec: AttentionSpec) -> tuple[RotationParts, RotationParts]:
+    """What rotates queries, and what rotates the dimensions of partial results back."""
+    fmt = spec.fmt
+    order = wide_dims(fmt.head_dim) if is_wide(spec) else partial_dims(fmt.head_dim)
+    return (
+        rotation_parts(fmt, spec.device),
+        rotation_parts(fmt, spec.device, inverse=True, order=tuple(order)),
+    )
 
 
 def _rotates(fmt: KVFormat, blocks: int) -> bool:
@@ -186,7 +188,7 @@ def partials_constants(spec: AttentionSpec, blocks: int, batch_block: int) -> di
     }
 
 
-def _wide_stages(fmt: KVFormat, shared: int) -> int:
+def wide_stages(fmt: KVFormat, shared: int) -> int:
     """Stages of `decode_wide` for which all its warps fit into so many bytes of shared memory."""
     stage = WIDE_STEPS * place_of("end", fmt.k_bits, fmt.v_bits, fmt.head_dim)
     # The driver takes 1 KiB of each program's.
@@ -207,6 +209,36 @@ def wide_constants(spec: AttentionSpec, batch_block: int, stages: int) -> dict[s
         "BATCH_BLOCK": batch_block,
         "WINDOW": spec.sliding_window is not None,
         "CAP": spec.soft_cap is not None,
+    }
+
+
+def prepare_constants(spec: AttentionSpec, parts: int, center: bool) -> dict[str, object]:
+    """Constants of `prepare_queries`, other than ``PDL``."""
+    return {
+        "D": spec.fmt.head_dim,
+        "NB": query_blocks(spec)[0],
+        "ROWS": MERGED_ROWS,
+        "CENTER": center,
+        "WIDE": is_wide(spec),
+        "STEP": step_width(spec.fmt.head_dim),
+        "PARTS": parts,
+    }
+
+
+def combine_constants(
+    spec: AttentionSpec, parts: int, one_row: bool, sinks: bool, batch_block: int
+) -> dict[str, object]:
+    """Constants of `combine_partials`, other than ``PDL``."""
+    return {
+        "D": spec.fmt.head_dim,
+        "NB": query_blocks(spec)[0],
+        "ROWS": 1 if one_row else MERGED_ROWS,
+        "SPLITS": 32 if one_row else 1,
+        "BATCH_BLOCK": batch_block,
+        "WINDOW": spec.sliding_window is not None,
+        "SINKS": sinks,
+        "STEP": step_width(spec.fmt.head_dim),
+        "PARTS": parts,
     }
 
 
@@ -232,29 +264,23 @@ class NvidiaDecodePlan:
             raise TQError(f"{reason}: use tq_kernels.DecodePlan, which falls back")
         self.spec = spec
         fmt, device = spec.fmt, spec.device
-        self.blocks, self.chunks = _layout(spec)
+        self.blocks, self.chunks = query_blocks(spec)
         # Programmatic dependent launch hides the gaps between kernels, the one before included.
         capability, sms, shared = _of_device(device)
         self._overlap = capability >= (9, 0)
-        self._wide = _is_wide(spec)
-        warps = WIDE_WARPS if self._wide else _warps_per_sm(fmt, self.blocks)
+        self._wide = is_wide(spec)
+        warps = warps_per_sm(spec)
         self.programs, self._registers = sms * warps, REGISTERS[warps]
         keys, values = codebook_of(fmt, "k"), codebook_of(fmt, "v")
         self._k_table, self._v_table = _table(keys), _table(values)
         self._k_center, self._v_center = _center(keys), _center(values)
-        self._stages = _wide_stages(fmt, shared) if self._wide else 0
+        self._stages = wide_stages(fmt, shared) if self._wide else 0
         self._v_step = step_of(fmt, "v")
-        matrix, scale = _exact_rotation(fmt)
-        order = wide_dims(fmt.head_dim) if self._wide else partial_dims(fmt.head_dim)
-        self._inverse, self._inverse_scale = matrix[order].to(device).contiguous(), scale
-        self._forward = matrix.T.to(device).contiguous()
-        self._precision = "tf32" if matrix.dtype == torch.float16 else "ieee"
-
+        self._forward, self._inverse = rotations(spec)
         self._rotates = _rotates(fmt, self.blocks)
-        # Signs and sums in the kernel give integers times the query, whatever the matrix is.
-        forward_scale = _hadamard_scale(fmt) if self._rotates else scale
-        self._logit_scale = spec.scale * LOG2E * step_of(fmt, "k") * forward_scale
-        self._signs = _sign_words(fmt).to(device) if self._rotates else self._forward
+        # What signs and sums in the kernel give has the same factor as the product with integers.
+        self._logit_scale = spec.scale * LOG2E * step_of(fmt, "k") * self._forward.factor
+        self._signs = _sign_words(fmt).to(device) if self._rotates else self._forward.matrix
 
         pairs = spec.max_batch * spec.kv_heads * self.chunks
         rows = pairs * 4 * self.blocks
@@ -269,7 +295,8 @@ class NvidiaDecodePlan:
     @property
     def workspace_bytes(self) -> int:
         """Bytes of all buffers."""
-        tensors = (t for t in vars(self).values() if isinstance(t, Tensor))
+        held = (*vars(self).values(), self._forward.matrix, self._inverse.matrix)
+        tensors = (t for t in held if isinstance(t, Tensor))
         return sum(t.numel() * t.element_size() for t in tensors)
 
     def run(
@@ -298,7 +325,7 @@ class NvidiaDecodePlan:
         rows = pairs * 4 * self.blocks
         cu = self._one_each if cu_query_lens is None else cu_query_lens
         batch_block = _batch_block(batch)
-        dim, window = spec.fmt.head_dim, spec.sliding_window or 0
+        window = spec.sliding_window or 0
         center = q if key_center is None else key_center
         after = {"launch_pdl": True} if self._overlap else {}
         # No more programs than the table has room for tiles.
@@ -307,12 +334,12 @@ class NvidiaDecodePlan:
         early = int(rows <= FEW_ROWS and programs <= FEW_PROGRAMS)
         if not self._rotates:
             prepare_queries[(triton.cdiv(rows, MERGED_ROWS),)](
-                q, self._forward, cu, center, self._q_digits, self._q_affine,
+                q, self._forward.matrix, cu, center, self._q_digits, self._q_affine,
                 self._logit_scale, spec.scale * LOG2E,
                 self._k_center,
                 spec.group, spec.kv_heads, self.chunks, pairs, q.stride(0), q.stride(1),
-                D=dim, NB=self.blocks, ROWS=MERGED_ROWS, CENTER=key_center is not None,
-                WIDE=self._wide, PRECISION=self._precision, PDL=self._overlap, num_warps=4, **after,
+                **prepare_constants(spec, self._forward.parts, key_center is not None),
+                PDL=self._overlap, num_warps=AROUND_WARPS, **after,
             )  # fmt: skip
         if self._wide:
             decode_wide[(programs,)](
@@ -338,82 +365,13 @@ class NvidiaDecodePlan:
             )  # fmt: skip
         one_row = rows <= FEW_ROWS or programs >= MANY_PARTS * pairs
         combine_partials[(rows if one_row else triton.cdiv(rows, MERGED_ROWS),)](
-            self._partial_out, self._partial_stats, seq_lens, cu, self._inverse,
-            lse if sinks is None else sinks, out, lse, self._inverse_scale,
+            self._partial_out, self._partial_stats, seq_lens, cu, self._inverse.matrix,
+            lse if sinks is None else sinks, out, lse, self._inverse.factor,
             batch, spec.group, spec.kv_heads, self.chunks, programs, LEAST_TILES,
             pairs, window,
             out.stride(0), out.stride(1), lse.stride(0),
-            D=dim, NB=self.blocks, ROWS=1 if one_row else MERGED_ROWS,
-            SPLITS=32 if one_row else 1, BATCH_BLOCK=batch_block, WINDOW=window > 0,
-            SINKS=sinks is not None, PRECISION=self._precision, PDL=self._overlap,
-            num_warps=4, **after,
+            **combine_constants(
+                spec, self._inverse.parts, one_row, sinks is not None, batch_block
+            ),
+            PDL=self._overlap, num_warps=AROUND_WARPS, **after,
         )  # fmt: skip
-
-
-#: What is compiled ahead of time: head_dim, bits, query rows, all options, dtype of queries.
-_CASES = (
-    *((128, k, v, 4, False, "bf16") for k, v in ((4, 4), (4, 3), (3, 3), (2, 2), (8, 4))),
-    *((dim, 4, 4, 4, True, "bf16") for dim in (64, 128, 256)),
-    (128, 4, 4, 8, False, "bf16"),
-    (128, 4, 4, 16, False, "fp16"),
-    (64, 3, 3, 16, False, "fp16"),
-    (256, 8, 4, 4, False, "bf16"),
-    (256, 4, 8, 4, False, "bf16"),
-    *((128, k, v, 16, False, "bf16") for k, v in ((4, 4), (3, 3), (8, 4), (8, 8))),
-    (128, 4, 4, 16, True, "bf16"),
-    (64, 4, 2, 16, False, "bf16"),
-)
-
-
-def aot_variants() -> list[Variant]:
-    """Variants of `decode_partials` and `decode_wide` over `_CASES`."""
-    types = {
-        "q": "*bf16", "signs": "*i32", "key_center": "*fp32", "pages": "*u8",
-        "q_digits": "*i8", "queries": "*i8",
-        **dict.fromkeys(("block_table", "seq_lens", "cu_query_lens"), "*i32"),
-        **dict.fromkeys(("q_affine", "partial_out", "partial_stats"), "*fp32"),
-        **dict.fromkeys(
-            ("k_center", "v_center", "v_step", "logit_scale", "center_scale", "soft_cap"), "fp32"
-        ),
-    }  # fmt: skip
-    aligned = ("q_token_stride", "q_head_stride", "page_stride", "record_stride")
-    found = []
-    for dim, k_bits, v_bits, rows, options, dtype in _CASES:
-        spec = AttentionSpec(
-            KVFormat(dim, k_bits, v_bits), rows, 1, 1, 1,
-            torch.bfloat16 if dtype == "bf16" else torch.float16, torch.device("cpu"),
-            None, 30.0 if options else None, 512 if options else None,
-        )  # fmt: skip
-        blocks, _ = _layout(spec)
-        wide = _is_wide(spec)
-        kernel, short = (decode_wide, "wide") if wide else (decode_partials, "partials")
-        for targets, overlap, shared in (
-            (("sm_80",), False, 164 * 1024),
-            (("sm_89",), False, 100 * 1024),
-            (("sm_90", "sm_100"), True, 228 * 1024),
-            (("sm_120",), True, 100 * 1024),
-        ):
-            constants = (
-                wide_constants(spec, 32, _wide_stages(spec.fmt, shared))
-                if wide
-                else {**partials_constants(spec, blocks, 32), "CENTER": options and blocks == 1}
-            )
-            names = [n for n in kernel.arg_names if n not in constants and n != "PDL"]
-            signature = {n: types.get(n, "i32") for n in names}
-            if not wide:
-                signature["q"] = f"*{dtype}"
-            found.append(
-                Variant(
-                    name=f"{short}-d{dim}-k{k_bits}v{v_bits}-rows{4 * blocks}" + "-all" * options,
-                    kernel=kernel,
-                    signature=signature,
-                    constexprs={**constants, "PDL": overlap},
-                    num_warps=1,
-                    maxnreg=REGISTERS[WIDE_WARPS if wide else _warps_per_sm(spec.fmt, blocks)],
-                    spills=0 if wide else SPILLS[dim, blocks],
-                    aligned=tuple(n for n in aligned if n in names),
-                    targets=targets,
-                    quick=(dim, k_bits, v_bits) == (128, 4, 4) and (wide or not options),
-                )
-            )
-    return found

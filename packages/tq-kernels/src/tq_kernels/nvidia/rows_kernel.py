@@ -5,8 +5,8 @@ Both kernels work on *rows*, ``4 NB`` for each pair of
 `tq_kernels.nvidia.decode_kernel`. Row ``4 NB pair + r`` of chunk ``c`` of a sequence and KV
 head is, with ``n = 4 NB c + r``, query ``n div group`` of the sequence and query head
 ``kv_head * group + n mod group``; rows past the last query are padding. The rotation is a dense
-matrix product on tensor cores. Hadamard rotations of a power-of-two size are integers up to 2048
-times a constant, exact in fp16.
+matrix product on tensor cores, with the fp16 matrices of
+`tq_kernels.portable.rotation_tile.rotation_parts`, ``STEP`` rows or columns of them at a time.
 """
 
 from __future__ import annotations
@@ -36,6 +36,12 @@ def _row_place(rows, cu_query_lens, group, kv_heads, chunks, pairs, ROWS_PER_PAI
     return pair, sequence, kv_head, token, head, valid
 
 
+@triton.jit
+def _matrix_part(rotation, n, rows, columns, D: tl.constexpr):
+    """Rows and columns of part ``n`` of a rotation."""
+    return tl.load(rotation + n * D * D + rows[:, None] * D + columns[None, :])
+
+
 @triton.jit(
     do_not_specialize=["pairs"],
     do_not_specialize_on_alignment=["cu_query_lens"],
@@ -61,7 +67,8 @@ def prepare_queries(
     ROWS: tl.constexpr,
     CENTER: tl.constexpr,
     WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    STEP: tl.constexpr,
+    PARTS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Rotate queries and split them into two int8 digits.
@@ -85,8 +92,16 @@ def prepare_queries(
     # A power of two brings any input into the range of fp16 without rounding it.
     top = tl.maximum(tl.max(tl.abs(x), 1), 1e-30)
     unit = tl.exp2(tl.floor(tl.log2(top)))
-    matrix = tl.load(rotation + dims[:, None] * D + dims[None, :])
-    y = tl.dot((x / unit[:, None]).to(matrix.dtype), matrix, input_precision=PRECISION)
+    y = tl.zeros([ROWS, D], tl.float32)
+    for start in tl.static_range(0, D, STEP):
+        some = start + tl.arange(0, STEP)
+        if STEP == D:
+            scaled = x / unit[:, None]
+        else:
+            again = q + offsets[:, None] + some[None, :]
+            scaled = tl.load(again, mask=valid[:, None], other=0.0).to(tl.float32) / unit[:, None]
+        for n in tl.static_range(PARTS):
+            y = tl.dot(scaled.to(tl.float16), _matrix_part(rotation, n, some, dims, D), y)
     peak = tl.maximum(tl.max(tl.abs(y), 1), 1e-30)
     inside = rows < pairs * 4 * NB
     rounded = (y * (32639.0 / peak)[:, None] + 12582912.0) - 12582912.0
@@ -147,7 +162,8 @@ def combine_partials(
     BATCH_BLOCK: tl.constexpr,
     WINDOW: tl.constexpr,
     SINKS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    STEP: tl.constexpr,
+    PARTS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Merge the partial results of every row, rotate back and write output and LSE.
@@ -171,7 +187,8 @@ def combine_partials(
     first = start // per_program
     count = tl.where(valid & (tiles > 0), (start + tiles - 1) // per_program - first + 1, 0)
     slot = first + pair
-    matrix = tl.load(rotation + dims[:, None] * D + dims[None, :])
+    if STEP == D:
+        matrix = _matrix_part(rotation, 0, dims, dims, D)
     if PDL:
         gdc_wait()
 
@@ -236,18 +253,31 @@ def combine_partials(
         row_max = new_max
     empty = denominator == 0.0
     acc = acc / tl.where(empty, 1.0, denominator)[:, None]
-    if ROWS == 1:
-        result = tl.sum(tl.sum(acc, 0)[:, None] * matrix.to(tl.float32), 0)[None, :]
-    else:
-        # fp16 has 11 bits of mantissa: the remainder of the first product goes into a second
+    if ROWS > 1:
+        # fp16 has 11 bits of mantissa: the remainder goes into a second product
         scale = tl.maximum(tl.max(tl.abs(acc), 1), 1e-30)
         scaled = acc / scale[:, None]
-        high = scaled.to(matrix.dtype)
-        low = (scaled - high.to(tl.float32)).to(matrix.dtype)
-        result = tl.dot(high, matrix, input_precision=PRECISION)
-        result = tl.dot(low, matrix, result, input_precision=PRECISION) * scale[:, None]
-    result = result * rotation_scale
-    place = token[:, None] * out_token_stride + (head * out_head_stride)[:, None] + dims[None, :]
-    tl.store(out + place, result.to(out.dtype.element_ty), mask=valid[:, None])
+        high = scaled.to(tl.float16)
+        low = (scaled - high.to(tl.float32)).to(tl.float16)
+    place = token[:, None] * out_token_stride + (head * out_head_stride)[:, None]
+    for start in tl.static_range(0, D, STEP):
+        columns = start + tl.arange(0, STEP)
+        if STEP < D:
+            matrix = _matrix_part(rotation, 0, dims, columns, D)
+        if ROWS == 1:
+            whole = matrix.to(tl.float32)
+            for n in tl.static_range(1, PARTS):
+                whole += _matrix_part(rotation, n, dims, columns, D).to(tl.float32)
+            result = tl.sum(tl.sum(acc, 0)[:, None] * whole, 0)[None, :]
+        else:
+            result = tl.dot(high, matrix)
+            result = tl.dot(low, matrix, result)
+            for n in tl.static_range(1, PARTS):
+                result = tl.dot(high, _matrix_part(rotation, n, dims, columns, D), result)
+            result = result * scale[:, None]
+        result = result * rotation_scale
+        tl.store(
+            out + place + columns[None, :], result.to(out.dtype.element_ty), mask=valid[:, None]
+        )
     value = tl.where(empty, float("-inf"), (row_max + tl.log2(denominator)) * 0.6931471805599453)
     tl.store(lse + token * lse_token_stride + head, value, mask=valid)
