@@ -129,6 +129,49 @@ def test_any_format(
     check_stored(check_quantized, k, v, before, pages, mapping, fmt)
 
 
+@pytest.mark.parametrize("bits", [(2, 3), (3, 8), (4, 2), (8, 4)], ids=str)
+@pytest.mark.parametrize("dim", [32, 64, 128])
+def test_operands_from_registers(
+    check_quantized: Check, device: str, dim: int, bits: tuple[int, int]
+) -> None:
+    """What many tokens get on Hopper, here with a few more or fewer than a block."""
+    fmt = KVFormat(dim, *bits)
+    rng = np.random.default_rng(dim + bits[0])
+    for heads, tokens, dtype in (
+        (1, 65, torch.float16), (2, 64, torch.bfloat16), (6, 63, torch.bfloat16),
+    ):  # fmt: skip
+        shape = kernel.StoreShape.of(kernel.VERY_MANY, heads, dim, hopper=True)
+        assert shape.takes_operands(fmt, dtype, parts=1)
+        k, v = torch.from_numpy(rng.normal(size=(2, tokens, heads, dim))).to(device, dtype)
+        slots = rng.permutation(5 * fmt.page_size)[:tokens]
+        slots[::7] = -1
+        mapping = torch.from_numpy(slots).to(device)
+        pages = poisoned(fmt, 5, heads, device)
+        before = pages.clone()
+        kernel.store(k, v, pages, mapping, fmt, shape)
+        check_stored(check_quantized, k, v, before, pages, mapping, fmt)
+
+
+def test_operands_from_registers_where_they_fit() -> None:
+    def takes(dim: int, tokens: int = kernel.VERY_MANY, dtype: torch.dtype = torch.bfloat16,
+              parts: int = 1, hopper: bool = True) -> bool:  # fmt: skip
+        shape = kernel.StoreShape.of(tokens, 1, dim, hopper=hopper)
+        return shape.takes_operands(KVFormat(dim), dtype, parts)
+
+    assert [dim for dim in range(16, 257, 16) if takes(dim)] == [32, 64, 128]
+    assert takes(128, tokens=kernel.MANY) and not takes(128, tokens=kernel.MANY - 1)
+    assert not takes(128, hopper=False)
+    assert not takes(128, parts=2)
+    assert not takes(128, dtype=torch.float32)
+
+
+def test_programs_take_as_many_heads_as_divide_them() -> None:
+    heads = {n: kernel.StoreShape.of(kernel.VERY_MANY, n, 128, hopper=True).heads
+             for n in (1, 2, 6, 7, 8)}  # fmt: skip
+    assert heads == {1: 1, 2: 2, 6: 2, 7: 1, 8: 4}
+    assert kernel.StoreShape.of(kernel.MANY // 4, 8, 128, hopper=True).heads == 1
+
+
 @pytest.mark.parametrize("tokens", [40, 1200])
 def test_equals_the_reference_almost_everywhere(tokens: int, device: str) -> None:
     """Also with the launch for many tokens, whose blocks are larger."""
@@ -139,7 +182,7 @@ def test_equals_the_reference_almost_everywhere(tokens: int, device: str) -> Non
     k, v, slots = k.to(device), v.to(device), torch.arange(tokens, device=device)
     expected = fmt.allocate_pages(-(-tokens // 16), 2, device)
     store_ref(k, v, expected, slots, fmt)
-    shapes = [(16, 4, 2, 1), (64, 4, 2, 1), (64, 4, 2, 2), (64, 2, 2, 2), (128, 8, 2, 2)]
+    shapes = [(16, 4, 1), (64, 4, 1), (64, 4, 2), (64, 2, 2), (128, 8, 2)]
     for shape in (kernel.StoreShape(*numbers) for numbers in shapes):
         pages = torch.zeros_like(expected)
         kernel.store(k, v, pages, slots, fmt, shape)

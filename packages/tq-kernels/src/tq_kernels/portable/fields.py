@@ -80,6 +80,17 @@ def _combine(x, SHIFT: tl.constexpr):
 
 
 @triton.jit
+def _pack(codes, BITS: tl.constexpr):
+    """Bytes of 2, 4 or 8 bits."""
+    if BITS == 8:
+        return codes
+    elif BITS == 4:
+        return _combine(codes, 4)
+    else:
+        return _combine(_combine(codes, 4), 2)
+
+
+@triton.jit
 def _two_bytes(i, D: tl.constexpr, KEYS: tl.constexpr):
     """Two bytes of the first plane for byte ``i`` of the second, and whether it is in the tail."""
     if KEYS:
@@ -97,25 +108,6 @@ def _two_bytes(i, D: tl.constexpr, KEYS: tl.constexpr):
 
 
 @triton.jit
-def _places(base, at, mask, known, KEYS: tl.constexpr):
-    """Pointers and mask of bytes ``at`` of the tokens at ``base``.
-
-    [tokens, bytes] for keys. For values [bytes / 8, tokens, 8]: so that a warp loads 8 bytes of
-    each token of a quad, which are neighbours in memory.
-    """
-    if KEYS:
-        place = base[:, None] + at[None, :]
-        inside = mask[:, None] & known[None, :]
-    else:
-        GROUP: tl.constexpr = 8 if at.shape[0] >= 8 else at.shape[0]
-        groups = tl.reshape(at, (at.shape[0] // GROUP, 1, GROUP))
-        place = base[None, :, None] + 4 * groups
-        known = tl.reshape(known, (at.shape[0] // GROUP, 1, GROUP))
-        inside = mask[None, :, None] & known
-    return place, inside
-
-
-@triton.jit
 def _store_flat(place, data, mask):
     """Store so that neighbours along the last axis are on neighbouring lanes."""
     N: tl.constexpr = data.numel
@@ -125,11 +117,14 @@ def _store_flat(place, data, mask):
 
 @triton.jit
 def _store_bytes(base, at, data, mask, known, KEYS: tl.constexpr):
+    """Store bytes ``at`` of the tokens at ``base``, [tokens, bytes].
+
+    Of values, the lanes of a warp have 8 bytes of each token of a quad: neighbours in memory.
+    """
     data = data.to(tl.uint8)
     if KEYS:
         tl.store(base[:, None] + at[None, :], data, mask=mask[:, None] & known[None, :])
     else:
-        # 8 bytes of each token of a quad, neighbours in memory, are on the lanes of a warp
         GROUP: tl.constexpr = 8 if at.shape[0] >= 8 else at.shape[0]
         shape: tl.constexpr = (at.shape[0] // GROUP, mask.shape[0], GROUP)
         data = tl.permute(tl.reshape(data, (shape[1], shape[0], shape[2])), (1, 0, 2))
@@ -140,9 +135,15 @@ def _store_bytes(base, at, data, mask, known, KEYS: tl.constexpr):
 
 @triton.jit
 def _load_bytes(base, at, mask, known, KEYS: tl.constexpr):
-    place, inside = _places(base, at, mask, known, KEYS)
-    data = tl.load(place, mask=inside, other=0)
-    if not KEYS:
+    """Invert `_store_bytes`: int32, 0 where nothing is stored."""
+    if KEYS:
+        place = base[:, None] + at[None, :]
+        data = tl.load(place, mask=mask[:, None] & known[None, :], other=0)
+    else:
+        GROUP: tl.constexpr = 8 if at.shape[0] >= 8 else at.shape[0]
+        shape: tl.constexpr = (at.shape[0] // GROUP, 1, GROUP)
+        place = base[None, :, None] + 4 * tl.reshape(at, shape)
+        data = tl.load(place, mask=mask[None, :, None] & tl.reshape(known, shape), other=0)
         data = tl.reshape(tl.permute(data, (1, 0, 2)), (base.shape[0], at.shape[0]))
     return data.to(tl.int32)
 
@@ -172,13 +173,7 @@ def store_codes(codes, low, high, mask, D: tl.constexpr, BITS: tl.constexpr, KEY
         _store_bytes(low, at_one, one, mask, known, KEYS)
     else:
         i = tl.arange(0, N * BITS // 8)
-        if BITS == 8:
-            data = codes
-        elif BITS == 4:
-            data = _combine(codes, 4)
-        else:
-            data = _combine(_combine(codes, 4), 2)
-        _store_bytes(low, i, data, mask, i < D * BITS // 8, KEYS)
+        _store_bytes(low, i, _pack(codes, BITS), mask, i < D * BITS // 8, KEYS)
 
 
 @triton.jit
@@ -189,20 +184,15 @@ def store_by_lanes(
 
     Rows of codes are [warp, repetition, 8], those of ``low`` and ``mask`` [repetition, warp, 8].
     """
-    B: tl.constexpr = codes.shape[0]
-    if BITS == 8:
-        data = codes
-    elif BITS == 4:
-        data = _combine(codes, 4)
-    else:
-        data = _combine(_combine(codes, 4), 2)
+    BLOCK: tl.constexpr = codes.shape[0]
+    data = _pack(codes, BITS)
     N: tl.constexpr = data.shape[1]
-    data = tl.reshape(data.to(tl.uint8), (WARPS, B // (8 * WARPS), 8, N // 8, 4, 2))
+    data = tl.reshape(data.to(tl.uint8), (WARPS, BLOCK // (8 * WARPS), 8, N // 8, 4, 2))
     if KEYS:
-        data = tl.reshape(tl.permute(data, (1, 0, 2, 4, 3, 5)), (B, N))
+        data = tl.reshape(tl.permute(data, (1, 0, 2, 4, 3, 5)), (BLOCK, N))
         tl.store(low[:, None] + tl.arange(0, N)[None, :], data, mask=mask[:, None])
     else:
-        data = tl.reshape(tl.permute(data, (3, 5, 1, 0, 2, 4)), (N // 4, B, 4))
+        data = tl.reshape(tl.permute(data, (3, 5, 1, 0, 2, 4)), (N // 4, BLOCK, 4))
         at = 4 * tl.arange(0, N // 4)[:, None, None] + tl.arange(0, 4)[None, None, :]
         _store_flat(low[None, :, None] + 4 * at, data, mask[None, :, None])
 

@@ -164,24 +164,26 @@ def rotate_rows(
 
 
 @triton.jit
-def load_operand(x, start, tokens, stride, B: tl.constexpr, D: tl.constexpr, WARPS: tl.constexpr):
-    """Load D numbers of 16 bits of ``B`` tokens for `rotate_operand`, zero beyond ``tokens``.
+def load_operand(
+    x, start, tokens, stride, BLOCK: tl.constexpr, D: tl.constexpr, WARPS: tl.constexpr,
+):  # fmt: skip
+    """Load D numbers of 16 bits of ``BLOCK`` tokens for `rotate_operand`, zero beyond ``tokens``.
 
     With the layouts that Triton chooses for the load and for the left operand of a product, each
     lane loads 16 bytes at a time and has them where they belong. That takes rows [repetition, warp,
     8] to [warp, repetition, 8] and column ``j, t, e, b`` to ``j, e, t, b`` of sizes ..., 4, 4, 2;
     `operand_dims` has the columns.
     """
-    row = tl.arange(0, D // 32 * B)
-    token = start + row % B
-    words = (x + token.to(tl.int64) * stride + row // B * 32).to(
+    row = tl.arange(0, D // 32 * BLOCK)
+    token = start + row % BLOCK
+    words = (x + token.to(tl.int64) * stride + row // BLOCK * 32).to(
         tl.pointer_type(tl.int16), bitcast=True
     )
     y = tl.load(words[:, None] + tl.arange(0, 32)[None, :], mask=(token < tokens)[:, None], other=0)
     # after any operation, this one too, the product takes its operand from registers
     y = y.to(x.dtype.element_ty, bitcast=True)
-    y = tl.reshape(y, (D // 32, B // (8 * WARPS), WARPS, 8, 4, 4, 2))
-    return tl.reshape(tl.permute(y, (2, 1, 3, 0, 5, 4, 6)), (B, D))
+    y = tl.reshape(y, (D // 32, BLOCK // (8 * WARPS), WARPS, 8, 4, 4, 2))
+    return tl.reshape(tl.permute(y, (2, 1, 3, 0, 5, 4, 6)), (BLOCK, D))
 
 
 @triton.jit
