@@ -280,7 +280,8 @@ class NvidiaDecodePlan:
         self._rotates = _rotates(fmt, self.blocks)
         # What signs and sums in the kernel give has the same factor as the product with integers.
         self._logit_scale = spec.scale * LOG2E * step_of(fmt, "k") * self._forward.factor
-        self._signs = _sign_words(fmt).to(device) if self._rotates else self._forward.matrix
+        signs = _sign_words(fmt) if self._rotates else torch.empty(0, dtype=torch.int32)
+        self._signs = signs.to(device)
 
         pairs = spec.max_batch * spec.kv_heads * self.chunks
         rows = pairs * 4 * self.blocks
@@ -294,9 +295,8 @@ class NvidiaDecodePlan:
 
     @property
     def workspace_bytes(self) -> int:
-        """Bytes of all buffers."""
-        held = (*vars(self).values(), self._forward.matrix, self._inverse.matrix)
-        tensors = (t for t in held if isinstance(t, Tensor))
+        """Bytes of all buffers, without the matrices, which plans share."""
+        tensors = (t for t in vars(self).values() if isinstance(t, Tensor))
         return sum(t.numel() * t.element_size() for t in tensors)
 
     def run(
