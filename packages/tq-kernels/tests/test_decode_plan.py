@@ -347,6 +347,13 @@ def test_emulated_other_rotations(one_multiprocessor, head_dim, queries, dtype):
     check(fmt, 4, 1, [70], [queries], dtype, kernels="nvidia")
 
 
+@pytest.mark.parametrize("rotation", ["hadamard", "haar"])
+def test_emulated_many_rows(one_multiprocessor, rotation):
+    """Results of 16 rows are rotated back at once, a slice of the matrix at a time."""
+    fmt = KVFormat(256, 4, 4, rotation=rotation)
+    check(fmt, 1, 1, [5] * 17, [1] * 17, torch.float16, kernels="nvidia")
+
+
 @pytest.mark.parametrize("rounds", [1, 2, 4])
 @pytest.mark.parametrize(("head_dim", "queries"), [(64, 1), (256, 1), (64, 4)])
 def test_emulated_rounds_of_the_rotation(one_multiprocessor, head_dim, queries, rounds):
