@@ -32,6 +32,9 @@ def test_quick_variants_compile_and_fit(tmp_path: Path) -> None:
     for target in TARGETS:
         portable = [r for r in found if r["target"] == target and "portable" in r["name"]]
         assert len(portable) >= 3
+    # what inline PTX declares, and nothing of what the driver takes
+    assert all(2048 < r["shared"] < 16384 for r in found if "/wide" in r["name"])
+    assert any(r["shared"] == 0 for r in found if r["target"] == "sm_90")
     for r in found:
         assert r["registers"] > 0 and r["spills"] <= r["allowed"] <= 64, r
         assert r["shared"] <= SHARED_LIMIT[r["target"]]

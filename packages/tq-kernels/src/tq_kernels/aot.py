@@ -78,6 +78,9 @@ SHARED_LIMIT = {
     "gfx942": 65536,
 }
 
+#: Bytes that the driver takes of a program with shared memory, from compute capability 9.0 on.
+_RESERVED = 1024
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -142,7 +145,8 @@ def variants(match: str = "*", quick: bool = False) -> list[Variant]:
     return found
 
 
-def _nvidia_usage(cubin: bytes) -> tuple[int, int]:
+def _nvidia_usage(cubin: bytes) -> tuple[int, int, int]:
+    """Registers, stack and the shared memory that inline PTX declares."""
     from triton import knobs
 
     with tempfile.TemporaryDirectory() as folder:
@@ -154,10 +158,10 @@ def _nvidia_usage(cubin: bytes) -> tuple[int, int]:
             text=True,
             check=True,
         ).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", text)
     if found is None:
         raise TQError(f"cuobjdump printed no register count: {text!r}; check its version")
-    return int(found[1]), int(found[2])
+    return int(found[1]), int(found[2]), int(found[3])
 
 
 def _amd_usage(assembly: str) -> tuple[int, int]:
@@ -206,11 +210,12 @@ def compile_variant(variant: Variant, target: str) -> Resources:
     compiled = triton.compile(
         source, target=GPUTarget(backend, architecture, lanes), options=options
     )
+    shared = int(compiled.metadata.shared)
     if backend == "cuda":
-        registers, spills = _nvidia_usage(compiled.asm["cubin"])
+        registers, spills, declared = _nvidia_usage(compiled.asm["cubin"])
+        shared += max(0, declared - (_RESERVED if int(architecture) >= 90 else 0))
     else:
         registers, spills = _amd_usage(compiled.asm["amdgcn"])
-    shared = int(compiled.metadata.shared)
     return Resources(
         variant.name, target, registers, spills, shared, variant.num_warps, variant.spills
     )

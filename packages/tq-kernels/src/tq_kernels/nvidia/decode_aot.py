@@ -46,6 +46,8 @@ _SPILLS = {
 #: The same for 16 query rows of 8-bit values, of which a lane holds twice as many words as of 4-bit
 #: ones, with 255 registers, the most that there are.
 _SPILLS_WITH_WIDE_VALUES = 128
+#: Two words more with all options, of which each is a number that a lane keeps.
+_SPILLS_OF_OPTIONS = 8
 #: The same for the others where they multiply with two matrices: a few words, on some targets.
 _SPILLS_WITH_TWO_PARTS = 16
 #: What attends: head_dim, bits, query rows, all options, dtype of queries.
@@ -109,7 +111,9 @@ def _spec(fmt: KVFormat, rows: int, options: bool, dtype: str) -> AttentionSpec:
     )  # fmt: skip
 
 
-def _spills(fmt: KVFormat, blocks: int) -> int:
+def _spills(fmt: KVFormat, blocks: int, options: bool) -> int:
+    if options:
+        return _SPILLS[fmt.head_dim, blocks] + _SPILLS_OF_OPTIONS
     if blocks == 4 and fmt.v_bits == 8:
         return _SPILLS_WITH_WIDE_VALUES
     return _SPILLS[fmt.head_dim, blocks]
@@ -156,7 +160,7 @@ def _attending() -> Iterator[Variant]:
                 yield _variant(
                     f"partials-{name}", decode_partials, {"q": f"*{dtype}"}, constants,
                     targets, overlap, num_warps=1, maxnreg=maxnreg,
-                    spills=_spills(spec.fmt, blocks), quick=common and blocks != 2,
+                    spills=_spills(spec.fmt, blocks, options), quick=common and blocks != 2,
                 )  # fmt: skip
 
 
