@@ -36,7 +36,7 @@ def test_quick_variants_compile_and_fit(tmp_path: Path) -> None:
     assert all(2048 < r["shared"] < 16384 for r in found if "/wide" in r["name"])
     assert any(r["shared"] == 0 for r in found if r["target"] == "sm_90")
     for r in found:
-        assert r["registers"] > 0 and r["spills"] <= r["allowed"] <= 64, r
+        assert r["registers"] > 0 and r["spills"] <= r["allowed"] <= 72, r
         assert r["shared"] <= SHARED_LIMIT[r["target"]]
 
 
