@@ -355,17 +355,16 @@ def test_kernels_warm_up_with_what_the_layers_pass(monkeypatch) -> None:
 
     small = partial(tq_kernels.PrefillPlan, scratch_tokens=8)
     monkeypatch.setattr(tq_kernels, "PrefillPlan", small)
-    stored: list[tuple[int, int]] = []
-    store = ops.store
+    stored: list[tuple[object, ...]] = []
+    warm_up_store = ops.warm_up_store
     monkeypatch.setattr(
-        ops,
-        "store",
-        lambda k, *rest: (stored.append((len(k), int(rest[2].max()))), store(k, *rest)),
+        ops, "warm_up_store", lambda *args: (stored.append(args), warm_up_store(*args))
     )
     shape = ops.LayerShape(4, 2, 0.1, max_batch=2, max_decode_query_len=2, max_tokens=20)
     cpu = torch.device("cpu")
-    ops._warm_up(shape, tq_kernels.KVFormat(64), torch.float32, cpu, torch.float32, torch.float32)
-    assert sorted(stored) == [(1, -1), (20, -1)]
+    fmt = tq_kernels.KVFormat(64)
+    ops._warm_up(shape, fmt, torch.float32, cpu, torch.float32, torch.float32)
+    assert stored == [(fmt, 2, 20, torch.float32, cpu)]
 
 
 def test_buffers_are_there_when_memory_was_measured(vllm_config, monkeypatch):
