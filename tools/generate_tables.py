@@ -131,6 +131,13 @@ def size(shape: dict[str, Any]) -> str:
     return f"{shape['batch']} × {thousands(shape['context'])}"
 
 
+def decode_label(shape: dict[str, Any]) -> str:
+    """Batch × context, and what differs from one query of 4 heads on each of 8 KV heads."""
+    group = f", group {shape['heads'] // 8}" if shape["heads"] != 32 else ""
+    several = f", {shape['query_len']} tokens" if shape["query_len"] > 1 else ""
+    return size(shape) + group + several
+
+
 def microseconds(entry: dict[str, Any], name: str) -> str:
     """Median of a kernel, and how many times ours that is."""
     kernel = entry["kernels"].get(name)
@@ -190,12 +197,8 @@ def gpu_machine_h200() -> str:
 @table("h200")
 def h200() -> str:
     """Main shapes on an H200."""
-
-    def several(shape: dict[str, Any]) -> str:
-        return f", {shape['query_len']} tokens" if shape["query_len"] > 1 else ""
-
     rows = [
-        (f"decode, {size(e['shape'])}{several(e['shape'])}", e, FA3)
+        (f"decode, {decode_label(e['shape'])}", e, FA3)
         for section in ("decode", "queries")
         for e in gpu(section, H200_RESULT)
     ]
@@ -324,23 +327,13 @@ def gpu_prefill() -> str:
     )
 
 
-def variants(
-    entries: Sequence[dict[str, Any]], kinds: Sequence[str], before: Sequence[float]
-) -> list[tuple[str, ...]]:
-    """Lines of variants of decode, each beside what it was before."""
-    rows = []
-    for entry, us in zip(entries, before, strict=True):
-        shape, taken = entry["shape"], entry["us"]
-        several = f", {shape['query_len']} tokens" if shape["query_len"] > 1 else ""
-        cells = (f"{taken[kind]:.1f} ({taken[kind] / us:.2f}x)" for kind in kinds)
-        rows.append((size(shape) + several, f"{us:.1f}", *cells))
-    return rows
-
-
 def steps(section: str, kinds: Sequence[str]) -> str:
     """Decode before and after changes, in one run on an H100."""
-    entries = load(VARIANTS)[section]["rows"]
-    rows = variants(entries, kinds, [entry["us"]["before"] for entry in entries])
+    rows = []
+    for entry in load(VARIANTS)[section]["rows"]:
+        us, before = entry["us"], entry["us"]["before"]
+        cells = (f"{us[kind]:.1f} ({us[kind] / before:.2f}x)" for kind in kinds)
+        rows.append((decode_label(entry["shape"]), f"{before:.1f}", *cells))
     return markdown(("", "before µs", *(f"{kind} µs" for kind in kinds)), rows)
 
 
@@ -363,10 +356,9 @@ def decode_rows() -> str:
     kinds = [kind for kind in entries[0]["us"] if kind != "int8"]
     rows = []
     for entry in entries:
-        us, shape = entry["us"], entry["shape"]
-        label = size(shape) + (", 4 tokens" if shape["query_len"] > 1 else ", group 8")
+        us = entry["us"]
         cells = (f"{us[k]:.1f} ({us[k] / us['int8']:.2f}x)" if k in us else "–" for k in kinds)
-        rows.append((label, f"{us['int8']:.1f}", *cells))
+        rows.append((decode_label(entry["shape"]), f"{us['int8']:.1f}", *cells))
     return markdown(("", "int8 µs", *(f"{kind} µs" for kind in kinds)), rows)
 
 

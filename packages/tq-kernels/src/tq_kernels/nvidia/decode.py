@@ -171,19 +171,26 @@ def _sign_words(fmt: KVFormat) -> Tensor:
     return torch.from_numpy(words.astype(np.uint32).view(np.int32))
 
 
-def partials_constants(spec: AttentionSpec, blocks: int, batch_block: int) -> dict[str, object]:
-    """Constants of `decode_partials`, other than ``PDL``."""
+def _attending_constants(spec: AttentionSpec, batch_block: int) -> dict[str, object]:
+    """Constants that `decode_partials` and `decode_wide` share."""
     fmt = spec.fmt
     return {
         "K_BITS": fmt.k_bits,
         "V_BITS": fmt.v_bits,
         "D": fmt.head_dim,
         "PAGE": fmt.page_size,
-        "NB": blocks,
-        "SPREAD": rows_of_a_line(fmt.head_dim, fmt.k_bits),
         "BATCH_BLOCK": batch_block,
         "WINDOW": spec.sliding_window is not None,
         "CAP": spec.soft_cap is not None,
+    }
+
+
+def partials_constants(spec: AttentionSpec, blocks: int, batch_block: int) -> dict[str, object]:
+    """Constants of `decode_partials`, other than ``CENTER`` and ``PDL``."""
+    return {
+        **_attending_constants(spec, batch_block),
+        "NB": blocks,
+        "SPREAD": rows_of_a_line(spec.fmt.head_dim, spec.fmt.k_bits),
         "ROTATE": _rotates(spec.fmt, blocks),
     }
 
@@ -198,17 +205,10 @@ def wide_stages(fmt: KVFormat, shared: int) -> int:
 
 def wide_constants(spec: AttentionSpec, batch_block: int, stages: int) -> dict[str, object]:
     """Constants of `decode_wide`, other than ``PDL``."""
-    fmt = spec.fmt
     return {
-        "K_BITS": fmt.k_bits,
-        "V_BITS": fmt.v_bits,
-        "D": fmt.head_dim,
-        "PAGE": fmt.page_size,
+        **_attending_constants(spec, batch_block),
         "STEPS": WIDE_STEPS,
         "STAGES": stages,
-        "BATCH_BLOCK": batch_block,
-        "WINDOW": spec.sliding_window is not None,
-        "CAP": spec.soft_cap is not None,
     }
 
 

@@ -25,6 +25,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tq_kernels.nvidia.lanes import (
     byte_of_each,
+    cap_logit,
     half,
     load,
     max_over_lanes,
@@ -175,8 +176,7 @@ def _attend(
             logit = dot * affine[3 * n] + affine[3 * n + 1]
             logit = logit * half(k_scales[i // 2], i % 2 == 1) + affine[3 * n + 2]
             if CAP:
-                tanh = 1.0 - 2.0 / (1.0 + tl.exp2(logit * (2.0 / soft_cap)))
-                logit = soft_cap * 1.4426950408889634 * tanh
+                logit = cap_logit(logit, soft_cap)
             visible = token + key_offset(i, SPREAD) < limits[n]
             if WINDOW:
                 visible = visible & (token + key_offset(i, SPREAD) >= starts[n])

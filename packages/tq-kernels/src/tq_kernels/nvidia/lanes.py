@@ -14,6 +14,7 @@ from tq_kernels.nvidia.ptx import load_words
 __all__ = [
     "butterfly",
     "byte_of_each",
+    "cap_logit",
     "half",
     "load",
     "max_over_lanes",
@@ -101,6 +102,13 @@ def store_four(address, a, b, c, d):
         is_pure=False,
         pack=1,
     )
+
+
+@triton.jit
+def cap_logit(logit, soft_cap):
+    """``soft_cap * tanh(logit / soft_cap)``, for powers of two."""
+    tanh = 1.0 - 2.0 / (1.0 + tl.exp2(logit * (2.0 / soft_cap)))
+    return soft_cap * 1.4426950408889634 * tanh
 
 
 @triton.jit

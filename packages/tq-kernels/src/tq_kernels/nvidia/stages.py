@@ -25,7 +25,7 @@ __all__ = [
     "wait",
 ]
 
-PAD = 32
+PAD = tl.constexpr(32)
 #: Bytes that one instruction of a warp copies.
 COPIED = 512
 
@@ -39,7 +39,7 @@ def pieces(k_bits: int, v_bits: int, dim: int, page: int) -> dict[str, tuple[int
             row = dim * width // 8
             found[name + plane] = (row, source, target)
             source += page * row
-            target += 16 * row + (4 * PAD if name == "v" else 0)
+            target += 16 * row + (4 * PAD.value if name == "v" else 0)
     for name in ("k_scales", "v_scales"):
         found[name] = (2, source, target)
         source += page * 2
@@ -84,7 +84,7 @@ def _copies(k_bits: int, v_bits: int, dim: int, page: int) -> tuple[str, str]:
     for name in names:
         row, source, target = found[name]
         for at in range(0, 16 * row, COPIED):
-            pads = at // (4 * row) * PAD if name[0] == "v" else 0
+            pads = at // (4 * row) * PAD.value if name[0] == "v" else 0
             copy(name, source + at, target + at + pads, min(32, row - at // 16))
     copy("scales", found["k_scales"][1], found["k_scales"][2], 4)
     kinds = ["=r", "r", "r", *["l"] * len(sources), *["r"] * len({*targets.values()})]
@@ -154,14 +154,11 @@ def issue_step(
     for plane in tl.static_range(2 if V_BITS == 3 else 1):
         row = D // (4 + 4 * plane) if V_BITS == 3 else D * V_BITS // 8
         sources = sources + (at + inside * row,)
-        targets = targets + (to + lane * 4 // row * PAD_,)
+        targets = targets + (to + lane * 4 // row * PAD,)
     # Two lanes for the scales of keys, two for those of values.
     sources = sources + (at + (inside * 2 + lane // 2 * (2 * PAGE - 32)),)
     operands = (wanted.to(tl.int32), lane) + sources + targets + (to,)
     tl.inline_asm_elementwise(asm, constraints, operands, dtype=tl.int32, is_pure=False, pack=1)
-
-
-PAD_ = tl.constexpr(PAD)
 
 
 @triton.jit
@@ -196,8 +193,8 @@ def step_quad(step, lane_g, lane_t, K_BITS: tl.constexpr, V_BITS: tl.constexpr, 
     PLACE: tl.constexpr = place_of("v", K_BITS, V_BITS, D)
     if V_BITS == 3:
         HIGH: tl.constexpr = place_of("v_high", K_BITS, V_BITS, D)
-        low = step + PLACE + lane_t * (D + PAD_) + lane_g * (2 * NW)
-        high = step + HIGH + lane_t * (D // 2 + PAD_) + lane_g * NW // 4 * 4
+        low = step + PLACE + lane_t * (D + PAD) + lane_g * (2 * NW)
+        high = step + HIGH + lane_t * (D // 2 + PAD) + lane_g * NW // 4 * 4
         first = _load(low, NW // 2)
         second = _load(low + D // 2, NW // 2)
         high_first = _load(high, max(1, NW // 4))
@@ -209,7 +206,7 @@ def step_quad(step, lane_g, lane_t, K_BITS: tl.constexpr, V_BITS: tl.constexpr, 
             return first + high_first + second + high_second
     else:
         COUNT: tl.constexpr = NW * V_BITS // 4
-        start = step + PLACE + lane_t * (D * V_BITS // 2 + PAD_) + lane_g * (NW * V_BITS)
+        start = step + PLACE + lane_t * (D * V_BITS // 2 + PAD) + lane_g * (NW * V_BITS)
         return _load(start, COUNT) + _load(start + D * V_BITS // 4, COUNT)
 
 

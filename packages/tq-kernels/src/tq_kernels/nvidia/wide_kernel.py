@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from tq_kernels.nvidia.lanes import butterfly, half, load, store_four
+from tq_kernels.nvidia.lanes import butterfly, cap_logit, half, load, store_four
 from tq_kernels.nvidia.stages import (
     claim,
     commit,
@@ -38,7 +38,7 @@ from tq_kernels.nvidia.work import entries_of_program, pair_at, tiles_of_each
 __all__ = ["decode_wide", "wide_dims"]
 
 #: Powers of two that a weight may exceed 1 by before sums are rescaled.
-SLACK = 8.0
+SLACK = tl.constexpr(8.0)
 
 
 def wide_dims(head_dim: int) -> list[int]:
@@ -72,12 +72,6 @@ def _two_to_bf16(low, high):
 
 
 @triton.jit
-def _cap(logit, soft_cap):
-    tanh = 1.0 - 2.0 / (1.0 + tl.exp2(logit * (2.0 / soft_cap)))
-    return soft_cap * 1.4426950408889634 * tanh
-
-
-@triton.jit
 def _scores(keys, query, table, K_BITS: tl.constexpr, D: tl.constexpr):
     """Products of rows ``g`` (two keys) and ``g + 8`` (two) with the high digit, then the low one.
 
@@ -92,8 +86,8 @@ def _scores(keys, query, table, K_BITS: tl.constexpr, D: tl.constexpr):
 
 @triton.jit
 def _raise(state, tops, D: tl.constexpr):
-    asm: tl.constexpr = raise_maximum(4 + D // 2, SLACK_)[0]
-    constraints: tl.constexpr = raise_maximum(4 + D // 2, SLACK_)[1]
+    asm: tl.constexpr = raise_maximum(4 + D // 2, SLACK)[0]
+    constraints: tl.constexpr = raise_maximum(4 + D // 2, SLACK)[1]
     return tl.inline_asm_elementwise(
         asm,
         constraints,
@@ -146,9 +140,6 @@ def _weigh(
         is_pure=True,
         pack=1,
     )
-
-
-SLACK_ = tl.constexpr(SLACK)
 
 
 @triton.jit
@@ -207,8 +198,8 @@ def _attend(
         capped0 = ()
         capped1 = ()
         for n in tl.static_range(4 * STEPS):
-            capped0 = capped0 + (_cap(logits0[n], soft_cap),)
-            capped1 = capped1 + (_cap(logits1[n], soft_cap),)
+            capped0 = capped0 + (cap_logit(logits0[n], soft_cap),)
+            capped1 = capped1 + (cap_logit(logits1[n], soft_cap),)
         logits0 = capped0
         logits1 = capped1
     if edge:
